@@ -1,0 +1,48 @@
+"""Package metadata. The runtime requirements stand in requirements.txt; optional ones are the extras below."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_requirements() -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def read_version() -> str:
+    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "llmshearing" / "__init__.py").read_text())
+    if found is None:
+        raise RuntimeError("llmshearing/__init__.py does not set __version__")
+    return found.group(1)
+
+
+EXTRAS = {
+    # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
+    "flash-attn": ["flash-attn>=2.5"],
+    # what examples/ and `make shear`, `make smollm2` use beyond the package itself
+    "examples": ["gguf>=0.10"],
+    "dev": [
+        "pytest>=8.2",
+        "hypothesis>=6.100",
+        "ruff>=0.8",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
+}
+
+setup(
+    name="llmshearing",
+    version=read_version(),
+    description="Structured pruning of language models: learned masks, one fold, continued pretraining.",
+    license="MIT",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["llmshearing", "llmshearing.*"]),
+    package_data={"llmshearing": ["scripts/*.sh"]},
+    install_requires=read_requirements(),
+    extras_require=EXTRAS,
+)

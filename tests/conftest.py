@@ -1,0 +1,47 @@
+"""What all tests share: where the reference vectors are, few threads, a deterministic hypothesis."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout that was not installed is tested too
+# Processes that a test starts find the same checkout and take as few threads.
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=30,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def reference_vectors() -> Path:
+    """Directory of the reference vectors; the test is skipped, saying so, where it is absent."""
+    path = Path(os.environ.get("REFERENCE_VECTORS", ROOT.parent / "shared" / "reference-vectors"))
+    if not path.is_dir():
+        pytest.skip(f"no reference vectors at {path} (set REFERENCE_VECTORS)")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    """Two threads for torch, without importing it for tests that do not."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > 2:
+        torch.set_num_threads(2)
