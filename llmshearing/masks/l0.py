@@ -1,0 +1,213 @@
+"""The masks of one model: log alphas, multipliers, gates, penalty, and the selection they make.
+
+Shape legend: L layers; ``log_alpha`` of a kind is [N] (hidden), [L] (layer, head_layer, mlp) or [L, rows * N]. Always
+float32 in training, whatever the precision of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llmshearing.axes import BLOCKS, Selection, Table, Units
+from llmshearing.errors import ShearingError
+from llmshearing.masks import hard_concrete, lagrangian
+
+# Kinds of mask on whole branches, and the blocks that each one gates.
+BLOCK_KINDS: dict[str, tuple[str, ...]] = {"layer": BLOCKS, "head_layer": ("attention",), "mlp": ("mlp",)}
+# Multipliers of the variant that has one target for all.
+TOTAL = "total"
+# Start just inside the clamp range: a sample is then fully open with probability 0.95.
+INITIAL_MEAN, INITIAL_STD = 4.5, 0.01
+
+
+class L0Masks(nn.Module):
+    """Hard concrete masks for some kinds of units of a table.
+
+    Args:
+        table: the source model's table.
+        kinds: mask kinds, of the table's kinds (hidden, head, intermediate) and layer, head_layer, mlp.
+        target: kind -> open units in each row at the end; None for one total ``target_sparsity``.
+        target_sparsity: fraction of the counted parameters to remove, where there is no target shape.
+        start_sparsity: target at step 0. seed: of initial values and noise.
+
+    Raises:
+        ShearingError: unknown kinds, or a target missing, unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        kinds: list[str],
+        target: Mapping[str, int] | None = None,
+        target_sparsity: float | None = None,
+        start_sparsity: float = 0.0,
+        seed: int = 17,
+    ) -> None:
+        super().__init__()
+        self.table, self.kinds, self.seed = table, list(kinds), seed
+        self.target = dict(target) if target is not None else None
+        self.target_sparsity, self.start_sparsity = target_sparsity, start_sparsity
+        self.shapes = {kind: self._shape(kind) for kind in self.kinds}
+        self._check()
+        generator = torch.Generator().manual_seed(seed)
+        self.log_alpha = nn.ParameterDict()
+        for kind in sorted(self.kinds):
+            values = INITIAL_MEAN + INITIAL_STD * torch.randn(self.shapes[kind], generator=generator)
+            self.log_alpha[kind] = nn.Parameter(hard_concrete.clamp(values))
+        multipliers = self.kinds if target is not None else [TOTAL]
+        self.lambda_1 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
+        self.lambda_2 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
+        self.step, self.progress = 0, 0.0  # optimizer step; elapsed / warm-up: set before each batch
+
+    def _shape(self, kind: str) -> tuple[int, ...]:
+        if kind in BLOCK_KINDS:
+            return (self.table.layers,)
+        if kind not in self.table.kinds or kind == "vocab":
+            known = sorted({*self.table.kinds, *BLOCK_KINDS} - {"vocab"})
+            raise ShearingError(f"mask kind {kind!r} is unknown; the {self.table.family} family has {', '.join(known)}")
+        return self.table.kinds[kind].shape(self.table.layers)
+
+    def _check(self) -> None:
+        if (self.target is None) == (self.target_sparsity is None):
+            raise ShearingError("masks need either a target shape or target_sparsity, and not both")
+        for kind in self.kinds:
+            size = self.row_size(kind)
+            if self.target is not None and not 0 < self.target.get(kind, 0) <= size:
+                raise ShearingError(f"target of mask {kind!r} is {self.target.get(kind)}; it must be 1 to {size}")
+
+    def row_size(self, kind: str) -> int:
+        return self.table.layers if kind in BLOCK_KINDS else self.table.kinds[kind].size
+
+    def rows(self, kind: str, values: Tensor) -> Tensor:
+        """View values of a kind as [..., N]: one row for each target."""
+        return values.unflatten(-1, (-1, self.row_size(kind)))
+
+    # Gates -------------------------------------------------------------------------------------------------------
+
+    def sample(self) -> dict[str, Tensor]:
+        """Gates of this step, with a gradient to log alpha; the same in every microbatch and on every rank."""
+        return {
+            kind: hard_concrete.sample(
+                a, hard_concrete.uniform_noise(tuple(a.shape), seed=self.seed, step=self.step, kind=kind, like=a)
+            )
+            for kind, a in self.log_alpha.items()
+        }
+
+    @torch.no_grad()
+    def deterministic(self, to_target: bool) -> dict[str, Tensor]:
+        """Gates without noise, sized by the target shape or by what the masks now expect to be open."""
+        if to_target and self.target is None:
+            raise ShearingError("these masks have no target shape (target_sparsity only): size them by the masks")
+        return {
+            kind: hard_concrete.deterministic(
+                self.rows(kind, a), self.target[kind] if to_target and self.target else None
+            ).reshape(a.shape)
+            for kind, a in self.log_alpha.items()
+        }
+
+    def selection(self, gates: Mapping[str, Tensor], round_to: int = 1) -> Selection:
+        """The selection of these gates; see :func:`selection_from_gates`."""
+        return selection_from_gates(self.table, gates, round_to)
+
+    # Penalty -----------------------------------------------------------------------------------------------------
+
+    def sparsity(self) -> dict[str, Tensor]:
+        """Expected sparsity of every row of every kind."""
+        return {
+            kind: 1 - self.rows(kind, hard_concrete.probability_open(a)).mean(-1) for kind, a in self.log_alpha.items()
+        }
+
+    def expected_parameters(self) -> Tensor:
+        """Expected number of counted parameters, a scalar with gradient."""
+        probability = {kind: hard_concrete.probability_open(a) for kind, a in self.log_alpha.items()}
+        units = {kind: p.sum(-1) for kind, p in probability.items() if kind not in BLOCK_KINDS}
+        return self.table.expected_parameters(units, block_product(probability))
+
+    def target_parameters(self) -> float:
+        """Counted parameters of the target."""
+        if self.target is None:
+            return self.table.count(counted_only=True) * (1 - (self.target_sparsity or 0.0))
+        units, blocks = {}, {}
+        for kind, number in self.target.items():
+            if kind in BLOCK_KINDS:
+                blocks[kind] = torch.full((self.table.layers,), number / self.table.layers, dtype=torch.float64)
+            else:
+                units[kind] = torch.tensor(float(number * (self.table.kinds[kind].rows or 1)), dtype=torch.float64)
+        return self.table.expected_parameters(units, block_product(blocks)).item()
+
+    def targets_now(self) -> dict[str, float]:
+        """Target sparsity of every pair of multipliers at the current progress."""
+        if self.target is None:
+            final = {TOTAL: float(self.target_sparsity or 0.0)}
+        else:
+            final = {kind: 1 - number / self.row_size(kind) for kind, number in self.target.items()}
+        return {kind: lagrangian.target_now(value, self.start_sparsity, self.progress) for kind, value in final.items()}
+
+    def penalty(self, ascending: bool = True) -> Tensor:
+        """The Lagrangian term at the current progress, a scalar.
+
+        ascending: turn the multipliers' gradients round, so that the one descending optimizer ascends on them.
+        """
+        if self.target is None:
+            sparsity = {TOTAL: 1 - self.expected_parameters() / self.table.count(counted_only=True)}
+        else:
+            sparsity = self.sparsity()
+        turn = lagrangian.ascend if ascending else torch.Tensor.view_as
+        total = torch.zeros((), device=next(self.parameters()).device)
+        for kind, target in self.targets_now().items():
+            pair = (self.lambda_1[kind], self.lambda_2[kind])
+            first, second = (turn(p) if ascending else p for p in pair)
+            total = total + lagrangian.penalty(sparsity[kind].to(first.dtype), target, first, second)
+        return total
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put log alpha back into its range. Outside of it the gradient is 0, and a step of size 1 overshoots."""
+        for a in self.log_alpha.values():
+            a.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
+
+
+def block_product(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """block -> product [L] of the gates (or probabilities) of all mask kinds on it."""
+    product: dict[str, Tensor] = {}
+    for kind, blocks in BLOCK_KINDS.items():
+        for block in blocks if kind in gates else ():
+            product[block] = product[block] * gates[kind] if block in product else gates[kind]
+    return product
+
+
+def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: int = 1) -> Selection:
+    """The selection that full-size gates describe; a gate of exactly 0 closes its unit.
+
+    Where rows of one layer must stay equally long (query heads inside KV groups), and where ``round_to`` asks for a
+    multiple, closed units are added with gate 0: the function is the same and the shapes are legal.
+
+    Args:
+        gates: mask kind -> its shape in :meth:`Kind.shape`; layer, head_layer, mlp: [L].
+    """
+    kinds = [kind for kind in gates if kind not in BLOCK_KINDS]
+    blocks = block_product(gates)
+    # One transfer from the device for everything that decides shapes.
+    flat = torch.cat([gates[kind].detach().flatten() for kind in kinds]) if kinds else torch.empty(0)
+    is_open = dict(zip(kinds, flat.ne(0).cpu().split([gates[kind].numel() for kind in kinds])))
+    units: dict[str, tuple[Units, ...]] = {}
+    for kind in kinds:
+        rows = table.kinds[kind].rows
+        gate = gates[kind].reshape(table.layers if rows else 1, -1)
+        open_rows = is_open[kind].view(len(gate), rows or 1, -1)
+        units[kind] = tuple(_row_units(gate[layer], open_rows[layer], round_to) for layer in range(len(gate)))
+    return Selection(units, blocks)
+
+
+def _row_units(gate: Tensor, is_open: Tensor, round_to: int) -> Units:
+    """Units of one layer. gate: [rows * N]; is_open: [rows, N] on the CPU."""
+    rows, size = is_open.shape
+    width = int(is_open.sum(-1).max())
+    width = min(size, -(-width // round_to) * round_to)
+    # Open units first (stable, so ascending), then closed ones to fill every row to the same width.
+    order = torch.argsort(is_open.logical_not().to(torch.uint8), dim=-1, stable=True)[:, :width].sort(-1).values
+    index = (order + torch.arange(rows)[:, None] * size).flatten().to(gate.device)
+    return Units(index, gate.index_select(0, index))
