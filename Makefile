@@ -43,10 +43,10 @@ test: $(STAMP)  ## every test, the slow ones included
 	$(PY) -m pytest
 
 shear: $(STAMP)  ## the quickstart: corpus, source model, shearing, continued pretraining, table
-	$(PY) examples/quickstart/run.py
+	$(PY) -m examples.quickstart.run
 
 smollm2: $(STAMP)  ## the same pipeline on SmolLM2-135M
-	$(PY) examples/smollm2/run.py
+	$(PY) -m examples.smollm2.run
 
 clean:  ## remove the virtual environment and tool caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,268 @@
+"""Checks across keys. Each yields problems that name the keys, their values and what would be right.
+
+A check lists the keys it reads; it is left out where one of them has already been reported.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from math import isclose
+
+from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
+from llmshearing.config.shapes import HF_NAMES, Shape, source_problems, source_shape, target_shape
+from llmshearing.config.values import parse_time
+
+Check = Callable[[Config], Iterator[str]]
+CHECKS: list[tuple[tuple[str, ...], Check]] = []
+MASK_OF_AXIS = {"d_model": "hidden", "n_heads": "head", "n_kv_heads": "head", "intermediate_size": "intermediate"}
+TARGET = "model.l0_module.target_model"
+
+
+def reads(*keys: str) -> Callable[[Check], Check]:
+    """Register a check that reads `keys` (a key stands for all below it)."""
+
+    def register(check: Check) -> Check:
+        CHECKS.append((keys, check))
+        return check
+
+    return register
+
+
+def cross_problems(cfg: Config, reported: set[str]) -> list[str]:
+    """Problems of all checks that read no key of `reported`; values of reported keys may be None."""
+
+    def touches(key: str, other: str) -> bool:
+        return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+    runnable = [check for keys, check in CHECKS if not any(touches(k, r) for k in keys for r in reported)]
+    return [problem for check in runnable for problem in check(cfg)]
+
+
+# -- data and mixture ------------------------------------------------------------------------------------------
+
+
+@reads("callbacks.data_loading")
+def check_mixture(cfg: Config) -> Iterator[str]:
+    """Lists of the mixture: present, of one length, a distribution."""
+    data, prefix = cfg.callbacks.data_loading, "callbacks.data_loading"
+    if data.dynamic:
+        needed = ["set_names", "proportion"] + ["target_loss"] * (data.update_type == "doremi")
+        for key in needed:
+            if not getattr(data, key):
+                doremi = " (or update_type=constant)" if key == "target_loss" else ""
+                yield f"missing key {prefix}.{key}: dynamic=true needs a value for each domain{doremi}"
+    names = data.set_names or []
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        yield f"{prefix}.set_names = {names}: each domain once, but {', '.join(twice)} comes more than once"
+    for key in ("proportion", "target_loss"):
+        values = getattr(data, key)
+        if values and data.set_names is None:
+            yield f"{prefix}.{key} = {values} without {prefix}.set_names: name the domains"
+        elif values and len(values) != len(names):
+            yield f"{prefix}.{key} = {values} has {len(values)} values for the {len(names)} set_names {names}"
+    yield from _proportion_problems(data, f"{prefix}.proportion")
+
+
+def _proportion_problems(data: DataLoading, key: str) -> Iterator[str]:
+    shares = data.proportion or []
+    if any(not share >= 0 for share in shares):
+        yield f"{key} = {shares}: no share may be negative or NaN"
+    elif shares and not isclose(sum(shares), 1, rel_tol=0, abs_tol=1e-6):
+        yield f"{key} = {shares} sums to {sum(shares):.6g}, not 1"
+
+
+@reads("eval_loader", "train_loader", "callbacks.data_loading.dynamic")
+def check_splits(cfg: Config) -> Iterator[str]:
+    """Where training and evaluation read."""
+    if not cfg.eval_loader.dataset.split:
+        yield "missing key eval_loader.dataset.split: the merged split of all domains, such as eval_merge"
+    if not cfg.callbacks.data_loading.dynamic and not cfg.train_loader.dataset.split:
+        yield "missing key train_loader.dataset.split: needed while callbacks.data_loading.dynamic is false"
+    for key in ("data_remote", "train_loader.dataset.remote", "eval_loader.dataset.remote"):
+        value = _get(cfg, key)
+        if value is not None:
+            yield f"{key} = {value}: must be null, data are read from data_local"
+
+
+@reads("train_loader", "eval_loader")
+def check_workers(cfg: Config) -> Iterator[str]:
+    """Settings that only worker processes can follow."""
+    loaders: dict[str, Loader] = {"train_loader": cfg.train_loader, "eval_loader": cfg.eval_loader}
+    for key, loader in loaders.items():
+        if loader.num_workers == 0 and loader.prefetch_factor is not None:
+            yield f"{key}.prefetch_factor = {loader.prefetch_factor} with num_workers = 0: null, or some workers"
+        if loader.num_workers == 0 and loader.persistent_workers:
+            yield f"{key}.persistent_workers = true with num_workers = 0: false, or some workers"
+
+
+@reads("max_seq_len", "model.max_seq_len", "train_loader", "eval_loader", "model.l0_module", "tokenizer")
+def check_seq_len(cfg: Config) -> Iterator[str]:
+    """One sequence length everywhere."""
+    keys = ["model.max_seq_len", "train_loader.dataset.max_seq_len", "eval_loader.dataset.max_seq_len"]
+    values = {key: _get(cfg, key) for key in keys}
+    if cfg.model.l0_module is not None and cfg.model.l0_module.target_model is not None:
+        values[f"{TARGET}.max_seq_len"] = cfg.model.l0_module.target_model.max_seq_len
+    arguments = (cfg.tokenizer or {}).get("args")
+    if isinstance(arguments, dict):
+        values["tokenizer.args.max_seq_len"] = arguments.get("max_seq_len")
+    for key, value in values.items():
+        if value is not None and value != cfg.max_seq_len:
+            yield f"{key} = {value}, but max_seq_len = {cfg.max_seq_len}: they must agree; leave the first out"
+
+
+def _get(cfg: Config, key: str) -> object:
+    value: object = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+@reads("global_train_batch_size", "device_train_microbatch_size", "device")
+def check_batch(cfg: Config) -> Iterator[str]:
+    """The global batch splits over ranks and microbatches."""
+    batch, micro = cfg.global_train_batch_size, cfg.device_train_microbatch_size
+    world = os.environ.get("WORLD_SIZE", "1")
+    ranks = int(world) if world.isdecimal() and int(world) else 1
+    if batch % ranks:
+        yield f"global_train_batch_size = {batch} is not divisible by the {ranks} ranks of this launch"
+    if isinstance(micro, int) and batch % micro:
+        yield f"global_train_batch_size = {batch} is not divisible by device_train_microbatch_size = {micro}"
+    if micro == "auto" and cfg.device == "cpu":
+        yield "device_train_microbatch_size = auto: it measures GPU memory; give a number on the CPU"
+
+
+@reads("max_duration", "scheduler", "model.l0_module", "global_train_batch_size", "max_seq_len")
+def check_times(cfg: Config) -> Iterator[str]:
+    """Warm-ups end within the run, as far as their units can be compared."""
+    warmup, t_max = cfg.scheduler.t_warmup, cfg.scheduler.t_max
+    times = [("scheduler.t_warmup", warmup, "max_duration", cfg.max_duration)]
+    if t_max != "1dur":
+        times.append(("scheduler.t_warmup", warmup, "scheduler.t_max", t_max))
+    if cfg.model.l0_module is not None:
+        steps = cfg.model.l0_module.lagrangian_warmup_steps
+        times.append(("model.l0_module.lagrangian_warmup_steps", steps, "max_duration", cfg.max_duration))
+    for key, value, other, limit in times:
+        (short, unit), (long, other_unit) = _comparable(cfg, value), _comparable(cfg, limit)
+        if unit == other_unit and short > long:
+            yield f"{key} = {value} is longer than {other} = {limit}"
+
+
+def _comparable(cfg: Config, text: str) -> tuple[float, str]:
+    """A time in samples where that can be told before training, else as it stands."""
+    value, unit = parse_time(text)
+    if unit == "dur":
+        whole, unit = _comparable(cfg, cfg.max_duration) if "dur" not in cfg.max_duration else (1.0, "dur")
+        return value * whole, unit
+    per_unit = {"ba": float(cfg.global_train_batch_size), "sp": 1.0, "tok": 1 / cfg.max_seq_len}
+    return (value * per_unit[unit], "sp") if unit in per_unit else (value, unit)
+
+
+@reads("max_duration")
+def check_duration(cfg: Config) -> Iterator[str]:
+    """The run's length is no fraction of itself."""
+    if cfg.max_duration.endswith("dur"):
+        yield f"max_duration = {cfg.max_duration}: a time in ba, ep, sp, tok, iter or sec"
+
+
+@reads("autoresume", "save_folder", "run_name")
+def check_autoresume(cfg: Config) -> Iterator[str]:
+    """Resuming finds its checkpoints by folder and name."""
+    for key in ("save_folder", "run_name"):
+        if cfg.autoresume and not getattr(cfg, key):
+            yield f"missing key {key}: autoresume = true finds its checkpoints by save_folder and run_name"
+
+
+# -- model and masks -------------------------------------------------------------------------------------------
+
+
+@reads("model.attn_impl", "model.attn_implementation")
+def check_attention(cfg: Config) -> Iterator[str]:
+    """The legacy key says the same as the new one (which `load` has filled in)."""
+    if cfg.model.attn_impl is not None and cfg.model.attn_implementation != ATTENTION[cfg.model.attn_impl]:
+        yield (
+            f"model.attn_impl = {cfg.model.attn_impl} means {ATTENTION[cfg.model.attn_impl]}, but "
+            f"model.attn_implementation = {cfg.model.attn_implementation}: leave attn_impl out"
+        )
+
+
+ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
+
+
+@reads("model.l0_module")
+def check_masks(cfg: Config) -> Iterator[str]:
+    """One goal, layer masks of one sort."""
+    l0, prefix = cfg.model.l0_module, "model.l0_module"
+    if l0 is None:
+        return
+    apart = [kind for kind in ("head_layer", "mlp") if kind in l0.pruning_modules]
+    if "layer" in l0.pruning_modules and apart:
+        yield f"{prefix}.pruning_modules = {l0.pruning_modules}: either layer, or head_layer and mlp"
+    if l0.target_model is None and l0.target_sparsity is None:
+        yield f"missing key {TARGET} (or {prefix}.target_sparsity): what to shear to"
+    if l0.target_model is not None and l0.target_sparsity is not None:
+        yield (
+            f"{prefix}.target_sparsity = {l0.target_sparsity} beside {TARGET}: the shape fixes the sparsity; "
+            "leave one of them out (the predecessor ignored target_sparsity)"
+        )
+    if l0.target_sparsity is not None and not 0 < l0.target_sparsity < 1:
+        yield f"{prefix}.target_sparsity = {l0.target_sparsity}: between 0 and 1"
+    if l0.target_sparsity is not None and l0.start_sparsity > l0.target_sparsity:
+        yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
+
+
+@reads("model")
+def check_shapes(cfg: Config) -> Iterator[str]:
+    """The source's shape, and the target's where both are known."""
+    problems = list(source_problems(cfg))
+    yield from problems
+    source = source_shape(cfg)
+    if not problems and source is not None:
+        yield from target_problems(cfg, source)
+
+
+def target_problems(cfg: Config, source: Shape) -> Iterator[str]:
+    """What keeps `source` from being sheared to the configured target (nothing to check without one).
+
+    `load_config` runs it where the source's shape is known; `train` where it comes from the checkpoint.
+    """
+    l0 = cfg.model.l0_module
+    if l0 is None or l0.target_model is None:
+        return
+    given = {key: size for key in HF_NAMES if (size := getattr(l0.target_model, key)) is not None}
+    if not given:
+        yield f"{TARGET} names no size: give d_model, n_heads, n_layers or intermediate_size"
+    for key, size in given.items():
+        old = getattr(source, HF_NAMES[key])
+        if key in ("head_dim", "vocab_size") and size != old:
+            yield f"{TARGET}.{key} = {size}: must be the source's {old}, it is not pruned in training"
+        elif size > old:
+            yield f"{TARGET}.{key} = {size} is larger than the source's {old}"
+    if any(size > getattr(source, HF_NAMES[key]) for key, size in given.items()):
+        return
+    try:
+        target = target_shape(cfg, source)
+    except ValueError as error:
+        yield str(error)
+        return
+    if target is not None:
+        yield from _untrained(l0, source, target)
+
+
+def _untrained(l0: L0Module, source: Shape, target: Shape) -> Iterator[str]:
+    """Axes that the target shrinks without a mask that could."""
+    modules = f"model.l0_module.pruning_modules = {l0.pruning_modules}"
+    reported: set[str] = set()
+    for key, mask in MASK_OF_AXIS.items():
+        old, new = getattr(source, HF_NAMES[key]), getattr(target, HF_NAMES[key])
+        if new < old and mask not in l0.pruning_modules and mask not in reported:
+            reported.add(mask)
+            yield f"{TARGET}.{key} = {new} shrinks the source's {old}, which needs the mask {mask} in {modules}"
+    layers = {"layer"} <= set(l0.pruning_modules) or {"head_layer", "mlp"} <= set(l0.pruning_modules)
+    if target.num_hidden_layers < source.num_hidden_layers and not layers:
+        yield (
+            f"{TARGET}.n_layers = {target.num_hidden_layers} shrinks the source's {source.num_hidden_layers}, which "
+            f"needs the mask layer, or head_layer and mlp, in {modules}"
+        )

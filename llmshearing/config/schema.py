@@ -1,0 +1,358 @@
+"""The configuration's schema: every key of a YAML file, its type, default and unit. No torch, no logic.
+
+Keys are those of the predecessor's YAML files. "Legacy" keys are accepted so that old files load; each says
+what becomes of it. Defaults made by `II("key")` follow that key. A time is a Composer time string
+(`values.parse_time`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import II, MISSING
+
+from llmshearing.config.values import (
+    checked,
+    choice,
+    count,
+    number,
+    parse_betas,
+    parse_microbatch,
+    parse_subset,
+    time,
+)
+
+MASK_KINDS = ("hidden", "head", "intermediate", "layer", "head_layer", "mlp")
+FREE_MAPPING = dict[str, Any]
+
+
+@dataclass
+class TargetModel:
+    """Shape to shear to. An axis left out keeps the source's size."""
+
+    d_model: int | None = count(None)
+    """Hidden units."""
+    n_heads: int | None = count(None)
+    """Query heads."""
+    n_kv_heads: int | None = count(None)
+    """KV groups. Left out with grouped queries: whole groups are cut."""
+    n_layers: int | None = count(None)
+    """Layers."""
+    intermediate_size: int | None = count(None)
+    """Units between the MLP's projections."""
+    head_dim: int | None = count(None)
+    """Legacy: must be the source's, heads are never made narrower."""
+    vocab_size: int | None = count(None)
+    """Legacy: must be the source's, the vocabulary is not pruned in training."""
+    max_seq_len: int | None = count(None)
+    """Legacy: must be `max_seq_len`."""
+
+
+@dataclass
+class L0Module:
+    """Learned masks. Either `target_model` (multipliers per mask kind) or `target_sparsity` (one pair)."""
+
+    pruning_modules: list[str] = field(
+        default_factory=lambda: ["head", "intermediate", "hidden", "layer"],
+        metadata={"parse": parse_subset(*MASK_KINDS)},
+    )
+    """Mask kinds to train: hidden, head, intermediate, and layer or (apart) head_layer and mlp."""
+    target_model: TargetModel | None = None
+    """Shape to reach exactly."""
+    target_sparsity: float | None = number(None, low=0, high=1)
+    """Share of the source's prunable parameters to remove, in (0, 1), where the shape is left to training."""
+    start_sparsity: float = number(0.0, low=0, high=1)
+    """Sparsity the warm-up starts from, 0 to 1."""
+    lagrangian_warmup_steps: str = time("0.2dur")
+    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up."""
+    eval_target_model: bool = False
+    """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
+    seed: int = count(II("seed"), low=0)
+    """Seed of the masks' noise."""
+    round_to: int = count(1)
+    """With `target_sparsity`: sizes are rounded to a multiple of this many units."""
+
+
+@dataclass
+class Model:
+    """The source model. Shape keys may be left out where `path` is a Hugging Face directory, else must agree."""
+
+    path: str = MISSING
+    """Hugging Face directory or name, or a `.pt` written by the converters."""
+    name: str | None = None
+    """Legacy label such as mosaic_llama2_7b; ignored."""
+    init_device: str = choice("cpu", "cpu", "meta", "mixed")
+    """Where weights are created before loading."""
+    tokenizer_name: str | None = II("tokenizer_name")
+    """Tokenizer to save beside the model."""
+    d_model: int | None = count(None)
+    """Hidden units of the source."""
+    n_heads: int | None = count(None)
+    """Query heads."""
+    n_kv_heads: int | None = count(None)
+    """KV groups; as many as query heads where left out."""
+    n_layers: int | None = count(None)
+    """Layers."""
+    intermediate_size: int | None = count(None)
+    """Units between the MLP's projections."""
+    head_dim: int | None = count(None)
+    """Width of one head; d_model / n_heads where left out."""
+    vocab_size: int | None = count(None)
+    """Tokens in the vocabulary."""
+    max_seq_len: int = count(II("max_seq_len"))
+    """Tokens in a sequence; the top-level key's."""
+    rms_norm_eps: float | None = number(None, low=0, above=True)
+    """Added to the mean square in the norms."""
+    rope_theta: float | None = number(None, low=0, above=True)
+    """Base of the rotary frequencies."""
+    tie_word_embeddings: bool | None = None
+    """Whether the output head shares the embedding's weight."""
+    init_std: float | None = number(None, low=0)
+    """Legacy; weights are loaded, never drawn. Ignored."""
+    attn_pdrop: float = number(0.0, low=0, high=0)
+    """Legacy; dropout is refused: a resumed run could not repeat it."""
+    resid_pdrop: float = number(0.0, low=0, high=0)
+    """Legacy, as attn_pdrop."""
+    emb_pdrop: float = number(0.0, low=0, high=0)
+    """Legacy, as attn_pdrop."""
+    attn_impl: str | None = choice(None, "flash", "torch", "triton")
+    """Legacy: flash means attn_implementation flash_attention_2; torch and triton mean sdpa."""
+    attn_implementation: str | None = choice(None, "sdpa", "flash_attention_2", "eager")
+    """Attention of transformers; filled in from attn_impl, else sdpa."""
+    activation_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    l0_module: L0Module | None = None
+    """Masks to train; null in continued pretraining."""
+
+
+@dataclass
+class Dataset:
+    """One split on disk: `local/split/<domain>`, or `local/<domain>` without a split."""
+
+    local: str = II("data_local")
+    """Directory."""
+    remote: str | None = II("data_remote")
+    """Legacy; only null."""
+    split: str | None = None
+    """Folder inside `local`. Evaluation needs one (all domains merged); training, unless data_loading.dynamic."""
+    shuffle: bool = True
+    """Whether training order is shuffled within a domain (evaluation order never is)."""
+    tokenizer_name: str | None = II("tokenizer_name")
+    """Legacy; the data are tokens already."""
+    max_seq_len: int = count(II("max_seq_len"))
+    """Tokens in a sequence; the top-level key's."""
+    shuffle_seed: int = count(II("global_seed"), low=0)
+    """Seed of the order within domains and of the mixture."""
+    is_uint16: bool | None = None
+    """Legacy; the data record their dtype. Ignored."""
+
+
+@dataclass
+class Loader:
+    """A data loader's settings, as in torch's DataLoader."""
+
+    name: str = choice("text", "text")
+    """Legacy label."""
+    dataset: Dataset = field(default_factory=Dataset)
+    """What is read."""
+    drop_last: bool = True
+    """Drop the last incomplete batch (training; evaluation always sees each sample once)."""
+    num_workers: int = count(0, low=0)
+    """Worker processes per rank."""
+    prefetch_factor: int | None = count(None)
+    """Batches each worker reads ahead."""
+    persistent_workers: bool = False
+    """Keep workers between epochs."""
+    pin_memory: bool | None = None
+    """Page-locked host memory; null decides by the device."""
+    timeout: float = number(0.0, low=0)
+    """Seconds to wait for a batch before failing; 0 waits for ever."""
+
+
+@dataclass
+class Scheduler:
+    """Learning rate over time."""
+
+    name: str = choice("cosine_with_warmup", "cosine_with_warmup", "constant_with_warmup", "linear_decay_with_warmup")
+    """Shape after the warm-up."""
+    t_warmup: str = time("0ba")
+    """Time of the linear warm-up from 0."""
+    alpha_f: float = number(0.1, low=0, high=1)
+    """Final learning rate as a share of `optimizer.lr`."""
+    t_max: str = time("1dur", positive=True)
+    """Time at which alpha_f is reached."""
+
+
+@dataclass
+class Optimizer:
+    """AdamW in three groups: weights, masks, multipliers (which ascend). Only the weights decay."""
+
+    name: str = choice("decoupled_adamw", "decoupled_adamw", "adamw")
+    """decoupled_adamw: decay not scaled by the learning rate (Composer's); adamw: torch's."""
+    lr: float = number(1e-4, low=0)
+    """Peak learning rate of the weights."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"parse": parse_betas})
+    """Decay rates of the two moments."""
+    eps: float = number(1e-8, low=0, above=True)
+    """Added to the root of the second moment."""
+    weight_decay: float = number(0.0, low=0)
+    """Decay of the weights, per step."""
+    lag_lr: float = number(1.0, low=0)
+    """Learning rate of masks and multipliers."""
+    schedule_masks: bool = True
+    """Masks and multipliers follow the weights' schedule, as in the predecessor; false keeps lag_lr constant."""
+
+
+@dataclass
+class GradientClipping:
+    """Gradient clipping. Masks and multipliers are clipped with the weights, as in the predecessor."""
+
+    clipping_type: str = choice("norm", "norm", "value", "adaptive")
+    """By total norm, by value, or by each parameter's own norm."""
+    clipping_threshold: float = number(1.0, low=0, above=True)
+    """Largest norm, absolute value, or ratio of gradient norm to weight norm."""
+
+
+@dataclass
+class Algorithms:
+    """Composer algorithms."""
+
+    gradient_clipping: GradientClipping | None = None
+    """Null does not clip."""
+
+
+@dataclass
+class DataLoading:
+    """Domain mixture. Lists follow the order of `set_names`."""
+
+    dynamic: bool = False
+    """Update the mixture after each evaluation. false: training needs `train_loader.dataset.split`."""
+    set_names: list[str] | None = None
+    """Domains: names of folders, and of the evaluation's per-domain losses."""
+    proportion: list[float] | None = None
+    """Share of the samples from each domain at the start; sums to 1."""
+    update_type: str = choice("doremi", "doremi", "constant")
+    """doremi: exponential ascent on the excess loss; constant: proportions stay."""
+    target_loss: list[float] | None = None
+    """Each domain's loss to reach, nats per token (doremi)."""
+    clamp_excess: bool = False
+    """Count a domain below its target loss as excess 0, as the paper writes it."""
+    eta: float = number(1.0, low=0)
+    """Step size of the update."""
+    c: float = number(1e-4, low=0, high=1)
+    """Weight of the uniform mixture blended in."""
+
+
+@dataclass
+class Callbacks:
+    """`data_loading` is ours; the others are mappings of arguments for Composer's callbacks; null: off."""
+
+    data_loading: DataLoading = field(default_factory=DataLoading)
+    """Domain mixture."""
+    speed_monitor: FREE_MAPPING | None = None
+    """Throughput; `window_size` in batches."""
+    lr_monitor: FREE_MAPPING | None = None
+    """Learning rates."""
+    memory_monitor: FREE_MAPPING | None = None
+    """GPU memory."""
+    runtime_estimator: FREE_MAPPING | None = None
+    """Time left."""
+    optimizer_monitor: FREE_MAPPING | None = None
+    """Norms of gradients and moments."""
+
+
+@dataclass
+class Loggers:
+    """Mappings of arguments for Composer's loggers; null: off."""
+
+    wandb: FREE_MAPPING | None = None
+    """Weights & Biases: project, name, entity, group, tags, init_kwargs."""
+    tensorboard: FREE_MAPPING | None = None
+    """TensorBoard: log_dir, flush_interval."""
+    file_logger: FREE_MAPPING | None = None
+    """Text file: filename, buffer_size, flush_interval."""
+
+
+@dataclass
+class Config:
+    """A run of `train.py`."""
+
+    data_local: str = MISSING
+    """Directory of the MDS data."""
+    data_remote: str | None = None
+    """Legacy; only null: data are read from disk."""
+    tokenizer_name: str | None = None
+    """Hugging Face tokenizer directory or name, saved beside exported models."""
+    max_seq_len: int = count()
+    """Tokens in a sequence, in the data and in the model."""
+    global_seed: int = count(17, low=0)
+    """Seed from which the others follow."""
+    seed: int = count(II("global_seed"), low=0)
+    """Seed of the training process."""
+    run_name: str | None = "${oc.env:COMPOSER_RUN_NAME,null}"
+    """Name of the run."""
+    model: Model = field(default_factory=Model)
+    """Source model and masks."""
+    tokenizer: FREE_MAPPING | None = None
+    """Legacy block {type, args}; ignored except that args.max_seq_len must agree."""
+    train_loader: Loader = field(default_factory=Loader)
+    """Training data."""
+    eval_loader: Loader = field(default_factory=Loader)
+    """Evaluation data."""
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    """Learning-rate schedule."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """Optimizer."""
+    algorithms: Algorithms = field(default_factory=Algorithms)
+    """Composer algorithms."""
+    max_duration: str = time(positive=True)
+    """Length of the run."""
+    eval_interval: str = time("100ba", positive=True)
+    """Time between evaluations; a dynamic mixture is updated after each."""
+    eval_subset_num_batches: int = count(-1, low=-1)
+    """Batches per evaluation and rank; -1 takes the whole split."""
+    eval_first: bool = False
+    """Evaluate before the first step."""
+    global_train_batch_size: int = count()
+    """Samples per optimizer step, over all ranks."""
+    device_train_microbatch_size: int | str | None = checked(None, parse_microbatch)
+    """Samples per forward pass and rank; auto: the most that fit a GPU; null: the rank's whole batch."""
+    device_eval_batch_size: int = count(8)
+    """Evaluation samples per forward pass and rank."""
+    precision: str = choice("amp_bf16", "fp32", "amp_bf16", "amp_fp16")
+    """Arithmetic of forward and backward; masks stay fp32."""
+    device: str | None = choice(None, "cpu", "gpu")
+    """Null: a GPU where there is one."""
+    dist_timeout: float = number(600.0, low=0, above=True)
+    """Seconds that a rank waits for the others."""
+    fsdp_config: FREE_MAPPING | None = None
+    """Composer's FSDP settings; null: replicas (DDP)."""
+    progress_bar: bool = True
+    """Show Composer's progress bar."""
+    log_to_console: bool = False
+    """Log metrics to the console."""
+    console_log_interval: str = time("1ba", positive=True)
+    """Time between console logs."""
+    python_log_level: str | None = choice("info", "debug", "info", "warning", "error")
+    """Level of Python's logging; null leaves it."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """Domain mixture and Composer's monitors."""
+    loggers: Loggers = field(default_factory=Loggers)
+    """Where metrics go."""
+    save_folder: str | None = None
+    """Directory of checkpoints and of the resolved configuration; null saves nothing."""
+    save_interval: str = time("1000ba", positive=True)
+    """Time between checkpoints; the end of the run is always saved."""
+    save_overwrite: bool = False
+    """Replace checkpoints of the same name."""
+    save_num_checkpoints_to_keep: int = count(-1, low=-1)
+    """Checkpoints kept, -1: all."""
+    save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
+    """Name of a checkpoint; Composer's placeholders."""
+    save_latest_filename: str = "latest-rank{rank}.pt"
+    """Name of the link to the newest checkpoint."""
+    load_path: str | None = None
+    """Checkpoint to start from."""
+    load_weights_only: bool = False
+    """Take only the weights of load_path, not the optimizer's state and the clock."""
+    autoresume: bool = False
+    """Continue from save_folder's newest checkpoint; needs save_folder and run_name."""
