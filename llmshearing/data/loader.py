@@ -1,0 +1,184 @@
+"""Builds what the trainer iterates over. Imported by `train`; knows Composer's DataSpec and its ranks.
+
+A batch is a dict: `input_ids` int64 [B, T], `set` int64 [B] (index into set_names), `sample` int64 [B].
+Evaluation pads: rows with `set` == -1 must count for nothing (see `dataset.EvalDataset`).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from llmshearing.data.dataset import EvalDataset, MixtureDataset
+from llmshearing.data.mixture import Mixture
+from llmshearing.data.shards import MdsDirectory
+from llmshearing.errors import ShearingError
+
+
+def build_train_dataloader(
+    *,
+    local: Path | str,
+    split: str | None,
+    set_names: Sequence[str],
+    proportion: Sequence[float] | np.ndarray,
+    batch_size: int,
+    max_seq_len: int,
+    vocab_size: int,
+    seed: int,
+    dynamic: bool = True,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    prefetch_factor: int | None = None,
+    persistent_workers: bool = False,
+    pin_memory: bool | None = None,
+) -> DataSpec:
+    """The endless mixture of `local/<split>/<domain>` (`local/<domain>` without a split) for each of
+    set_names.
+
+    `batch_size` is per rank, `proportion` [K] sums to 1. With `dynamic=False`, a `local/<split>` that is
+    itself an MDS directory is read as one plain stream. `spec.dataloader.dataset` is the `MixtureDataset`.
+
+    Raises ShearingError for missing domains, damaged shards, another sequence length or vocabulary, bad
+    proportions.
+    """
+    _check_workers(num_workers, prefetch_factor, persistent_workers)
+    root = _split_directory(local, split)
+    _check_manifest(Path(local), max_seq_len, vocab_size)
+    plain = not dynamic and (root / "index.json").is_file()
+    if plain:
+        streams = [MdsDirectory(root, max_seq_len, vocab_size)]
+        mixture = Mixture([split or root.name], [len(streams[0])], [1.0], seed, shuffle)
+    else:
+        streams = _open_domains(root, set_names, max_seq_len, vocab_size)
+        mixture = Mixture(set_names, [len(stream) for stream in streams], proportion, seed, shuffle)
+    dataset = MixtureDataset(
+        streams,
+        set_names,
+        mixture,
+        batch_size=batch_size,
+        rank=dist.get_global_rank(),
+        world_size=dist.get_world_size(),
+        plain=plain,
+    )
+    return DataSpec(_dataloader(dataset, pin_memory))
+
+
+def build_eval_dataloader(
+    *,
+    local: Path | str,
+    split: str | None,
+    set_names: Sequence[str],
+    batch_size: int,
+    max_seq_len: int,
+    vocab_size: int,
+    subset_num_batches: int | None = None,
+    num_workers: int = 0,
+    prefetch_factor: int | None = None,
+    persistent_workers: bool = False,
+    pin_memory: bool | None = None,
+) -> DataSpec:
+    """The merged evaluation split `local/<split>`: every sample once, over all ranks together.
+
+    `batch_size` is per rank; `subset_num_batches` (global batches; None or -1: all) takes from the domains in
+    turn. The spec counts real samples and their tokens only, not padding.
+
+    Raises ShearingError like `build_train_dataloader`, and where the split's domains are not exactly
+    set_names.
+    """
+    _check_workers(num_workers, prefetch_factor, persistent_workers)
+    root = _split_directory(local, split)
+    _check_manifest(Path(local), max_seq_len, vocab_size)
+    dataset = EvalDataset(
+        MdsDirectory(root, max_seq_len, vocab_size),
+        set_names,
+        batch_size=batch_size,
+        rank=dist.get_global_rank(),
+        world_size=dist.get_world_size(),
+        subset_num_batches=subset_num_batches,
+    )
+    return DataSpec(
+        _dataloader(dataset, pin_memory),
+        num_samples=len(dataset.order),
+        get_num_samples_in_batch=real_samples,
+        get_num_tokens_in_batch=lambda batch: real_samples(batch) * batch["input_ids"].shape[1],
+    )
+
+
+def real_samples(batch: Any) -> int:
+    """Samples of an evaluation batch that are no padding."""
+    return int((batch["set"] >= 0).sum())
+
+
+def _dataloader(dataset: MixtureDataset | EvalDataset, pin_memory: bool | None) -> DataLoader:
+    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+    return DataLoader(dataset, batch_size=dataset.batch_size, num_workers=0, pin_memory=pin)
+
+
+def _check_workers(num_workers: int, prefetch_factor: int | None, persistent_workers: bool) -> None:
+    if num_workers:
+        raise ShearingError(
+            f"num_workers is {num_workers}; proportions change between batches, so only 0 is supported for now"
+        )
+    if prefetch_factor is not None or persistent_workers:
+        raise ShearingError(
+            f"prefetch_factor is {prefetch_factor} and persistent_workers {persistent_workers}; "
+            "without workers they must be null and false"
+        )
+
+
+def _split_directory(local: Path | str, split: str | None) -> Path:
+    root = Path(local, split) if split else Path(local)
+    if not root.is_dir():
+        raise ShearingError(f"data directory {root} does not exist; {Path(local)} has {_folders(Path(local))}")
+    return root
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+
+
+def _open_domains(root: Path, set_names: Sequence[str], max_seq_len: int, vocab_size: int) -> list[MdsDirectory]:
+    """Every domain's directory, all problems reported at once."""
+    if not set_names:
+        raise ShearingError(f"set_names is empty; {root} has {_folders(root)}")
+    streams, problems = [], []
+    for name in set_names:
+        if not (root / name).is_dir():
+            problems.append(f"domain {name!r} is not in {root}, which has {_folders(root)}")
+            continue
+        try:
+            streams.append(MdsDirectory(root / name, max_seq_len, vocab_size))
+        except ShearingError as error:
+            problems.append(str(error))
+    if problems:
+        raise ShearingError("\n".join(problems))
+    return streams
+
+
+def _check_manifest(local: Path, max_seq_len: int, vocab_size: int) -> None:
+    """Compare what `prepare` recorded with what the model asks for; data without a manifest is checked as it
+    is read."""
+    file = local / "manifest.json"
+    if not file.is_file():
+        return
+    try:
+        manifest = json.loads(file.read_text())
+        recorded_length, recorded_vocab = int(manifest["max_seq_len"]), int(manifest["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShearingError(f"{file} cannot be read: {error!r}; prepare the data again") from error
+    problems = []
+    if recorded_length != max_seq_len:
+        problems.append(f"{file}: sequences are {recorded_length} tokens long, max_seq_len is {max_seq_len}")
+    if recorded_vocab > vocab_size:
+        problems.append(
+            f"{file}: the tokenizer has {recorded_vocab} ids, the model's vocab_size is {vocab_size}; "
+            "prepare the data with the model's tokenizer"
+        )
+    if problems:
+        raise ShearingError("\n".join(problems))

@@ -1,0 +1,103 @@
+"""The options of `prepare`, as a dataclass and as a command line."""
+
+import argparse
+from dataclasses import dataclass
+
+from streaming.base.util import bytes_to_int
+
+from llmshearing.data.packing import EVAL, FOR_FT, FOR_PRUNE
+from llmshearing.errors import ShearingError
+
+LARGEST_ID = {"uint16": 2**16 - 1, "uint32": 2**32 - 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything but the input and the tokenizer that decides the result."""
+
+    max_seq_len: int
+    text_field: str = "text"
+    seed: int = 17
+    eval_fraction: float = 0.02
+    for_prune_fraction: float = 0.25
+    eval_seqs: int | None = None
+    for_prune_seqs: int | None = None
+    for_ft_seqs: int | None = None
+    dtype: str = "auto"
+    shard_size: str = "64mb"
+
+    def fractions(self) -> dict[str, float]:
+        """Share of the documents by split; splits without a share are not written."""
+        rest = 1 - self.eval_fraction - self.for_prune_fraction
+        shares = {EVAL: self.eval_fraction, FOR_PRUNE: self.for_prune_fraction, FOR_FT: rest}
+        return {split: share for split, share in shares.items() if share > 1e-9}
+
+    def limits(self) -> dict[str, int | None]:
+        return {EVAL: self.eval_seqs, FOR_PRUNE: self.for_prune_seqs, FOR_FT: self.for_ft_seqs}
+
+    def problems(self) -> list[str]:
+        said = []
+        if self.max_seq_len < 2:
+            said.append(f"max_seq_len is {self.max_seq_len}; it must be at least 2")
+        if min(self.eval_fraction, self.for_prune_fraction) < 0 or self.eval_fraction + self.for_prune_fraction > 1:
+            said.append(
+                f"eval_fraction {self.eval_fraction} and for_prune_fraction {self.for_prune_fraction} "
+                "must be at least 0 and sum to at most 1"
+            )
+        said += [f"{s}_seqs is {n}; it must be at least 1" for s, n in self.limits().items() if n is not None and n < 1]
+        if self.dtype not in ("auto", *LARGEST_ID):
+            said.append(f"dtype is {self.dtype!r}; known are auto, uint16, uint32")
+        try:
+            bytes_to_int(self.shard_size)
+        except ValueError:
+            said.append(f"shard_size is {self.shard_size!r}; write it like 64mb")
+        if self.seed < 0:
+            said.append(f"seed is {self.seed}; it must be at least 0")
+        return said
+
+
+def resolve_dtype(asked: str, vocab_size: int) -> str:
+    """uint16 or uint32; raises ShearingError if `asked` cannot hold every id below `vocab_size`."""
+    if asked == "auto":
+        return "uint16" if vocab_size - 1 <= LARGEST_ID["uint16"] else "uint32"
+    if vocab_size - 1 > LARGEST_ID[asked]:
+        raise ShearingError(
+            f"dtype is {asked}, but the tokenizer has ids up to {vocab_size - 1}; use --dtype uint32 (or auto)"
+        )
+    return asked
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; its names are those of `Options` and of `prepare`."""
+    example = """example:
+  python -m llmshearing.data.prepare --input corpus --tokenizer models/Llama-2-7b-hf \\
+      --output data/llama2 --max_seq_len 4096 --eval_seqs 500"""
+    said = argparse.ArgumentParser(
+        prog="python -m llmshearing.data.prepare",
+        description="Turn folders of JSONL, one folder a domain, into the MDS data that training reads.",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    said.add_argument("--input", required=True, help="folder with a folder of .jsonl, .gz or .zst files a domain")
+    said.add_argument("--tokenizer", required=True, help="HF directory, tokenizer.json, or SentencePiece .model file")
+    said.add_argument("--output", required=True, help="folder to write; must not exist, or hold this very result")
+    said.add_argument("--max_seq_len", type=int, required=True, help="tokens a sequence")
+    said.add_argument("--domains", nargs="+", help="only these folders of the input (default: all)")
+    said.add_argument("--text_field", default=Options.text_field, help="JSON field of the text (default: %(default)s)")
+    said.add_argument("--seed", type=int, default=Options.seed, help="of the split by hash (default: %(default)s)")
+    shares = (("eval", Options.eval_fraction), ("for_prune", Options.for_prune_fraction))
+    for split, share in shares:
+        said.add_argument(
+            f"--{split}_fraction",
+            type=float,
+            default=share,
+            help=f"share of the documents that goes to {split}; for_ft gets the rest (default: %(default)s)",
+        )
+    for split in (EVAL, FOR_PRUNE, FOR_FT):
+        said.add_argument(f"--{split}_seqs", type=int, help=f"most sequences a domain in {split} (default: all)")
+    said.add_argument("--dtype", default="auto", choices=("auto", *LARGEST_ID), help="of the ids (default: by size)")
+    said.add_argument("--shard_size", default=Options.shard_size, help="of one MDS file (default: %(default)s)")
+    said.add_argument("--bos_token", help="if the tokenizer has none or the wrong one")
+    said.add_argument("--eos_token", help="if the tokenizer has none or the wrong one")
+    said.add_argument("--no_progress", action="store_true", help="no progress bars")
+    return said
