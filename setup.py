@@ -1,4 +1,4 @@
-"""Package metadata. The runtime requirements stand in requirements.txt; optional ones are the extras below."""
+"""Package metadata. Runtime requirements stand in requirements.txt; optional ones are the extras below."""
 
 import re
 from pathlib import Path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from math import isclose
 
 from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
-from llmshearing.config.shapes import HF_NAMES, Shape, source_problems, source_shape, target_shape
+from llmshearing.config.shapes import COMPARED, HF_NAMES, Shape, source_problems, source_shape, target_shape
 from llmshearing.config.values import parse_time
 
 Check = Callable[[Config], Iterator[str]]
@@ -213,7 +213,7 @@ def check_masks(cfg: Config) -> Iterator[str]:
         yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
 
 
-@reads("model")
+@reads("model.path", "model.l0_module", *(f"model.{key}" for key in COMPARED))
 def check_shapes(cfg: Config) -> Iterator[str]:
     """The source's shape, and the target's where both are known."""
     problems = list(source_problems(cfg))

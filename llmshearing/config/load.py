@@ -93,7 +93,7 @@ class _Reader:
         for name, value in given.items():
             key = f"{prefix}{name}"
             if name not in hints:
-                self.report(key, f"unknown key {key}{_suggestion(key, hints, prefix)}")
+                self.problems.append(f"unknown key {key}{_suggestion(key, hints, prefix)}")
                 continue
             section, optional = _section(hints[name])
             if section is not None and isinstance(value, Mapping):
@@ -102,7 +102,7 @@ class _Reader:
                 self.assign(node[name], value, section, f"{key}.")
             elif section is None or optional or value is not None:  # an empty section keeps its defaults
                 try:
-                    node[name] = value
+                    OmegaConf.update(node, name, value, merge=False)
                 except OmegaConfBaseException:
                     self.report(key, f"{key} = {_show(value)}: must be {_describe(hints[name])}")
 
@@ -192,6 +192,7 @@ def _suggestion(key: str, siblings: Iterable[str], prefix: str) -> str:
     """Where the same name lives elsewhere, else the closest name: beside it, then anywhere."""
     known, name = all_keys(), str(key[len(prefix) :])
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    elsewhere = [other for other in elsewhere if prefix and other.startswith(prefix)] or elsewhere
     close = [prefix + other for other in difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.7)]
     found = elsewhere[:3] or close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -58,7 +58,7 @@ def time(default: str | None = MISSING, *, positive: bool = False) -> Any:
         value, unit = parse_time(text)
         if positive and value == 0:
             raise ValueError("more than 0")
-        return f"{value if unit == 'dur' else int(value)}{unit}"
+        return f"{int(value) if value == int(value) else value}{unit}"
 
     return checked(default, parse)
 
@@ -79,6 +79,8 @@ def number(default: Any = MISSING, *, low: float, high: float = float("inf"), ab
 
     def parse(value: float) -> float:
         if not (low < value if above else low <= value) or not value <= high:
+            if low == high:
+                raise ValueError(f"{low:g}")
             lower = f"more than {low:g}" if above else f"at least {low:g}"
             raise ValueError(lower + ("" if high == float("inf") else f" and at most {high:g}"))
         return value
