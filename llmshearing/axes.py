@@ -138,8 +138,8 @@ class Table:
     """All that the package knows of how the tensors of one model depend on one another.
 
     config_axes: key of the model's config -> (axis, elements per unit of that key), e.g. ``num_attention_heads`` ->
-    ("query", head_dim). layers_key: the config's key for the number of layers. attention_axes: the axes of queries and of keys and
-    values; their lengths' ratio is the number of query heads that share a KV head.
+    ("query", head_dim). layers_key: the config's key for the number of layers. attention_axes: the axes of queries and
+    of keys and values; their lengths' ratio is the number of query heads that share a KV head.
     """
 
     family: str
@@ -177,6 +177,15 @@ class Table:
         """The model's shape in its config's own keys."""
         shape = {key: self.axes[axis].length // per for key, (axis, per) in self.config_axes.items()}
         return {**shape, self.layers_key: self.layers}
+
+    def units(self, shape: Mapping[str, int]) -> dict[str, int]:
+        """kind -> open units in each row that a shape (in the config's keys) asks for."""
+        units = {}
+        for key, (name, per) in self.config_axes.items():
+            axis = self.axes[name]
+            if axis.kind is not None:
+                units[axis.kind] = shape[key] * per // axis.per_unit // (self.kinds[axis.kind].rows or 1)
+        return units
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with those of a state dict.
@@ -268,7 +277,8 @@ def fold(
 
     Differentiable. Tied tensors stay one tensor. Arguments and errors as in :func:`fold_lazily`.
     """
-    return {name: make() for name, make in fold_lazily(weights, table, selection, zero_closed_blocks=zero_closed_blocks)}
+    tensors = fold_lazily(weights, table, selection, zero_closed_blocks=zero_closed_blocks)
+    return {name: make() for name, make in tensors}
 
 
 def fold_lazily(
@@ -333,7 +343,7 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
         parts = [table.part(axis, layer, selection) for layer in kept or [0]]
         sizes = [(whole if part.index is None else len(part.index)) // per for part in parts]
         if len(set(sizes)) > 1:
-            listed = ", ".join(f"layer {layer}: {size}" for layer, size in zip(kept, sizes))
+            listed = ", ".join(f"layer {layer}: {size}" for layer, size in zip(kept, sizes, strict=True))
             problems.append(f"{key} differs between layers ({listed})")
         shape[key] = sizes[0]
     if problems:

@@ -62,7 +62,7 @@ class Gating:
         query, kv = (self.table.part(axis, layer, self.selection) for axis in self.table.attention_axes)
         lengths = [
             self.table.axes[axis].length if part.index is None else len(part.index)
-            for axis, part in zip(self.table.attention_axes, (query, kv))
+            for axis, part in zip(self.table.attention_axes, (query, kv), strict=True)
         ]
         return lengths[0] // lengths[1] if lengths[1] else None
 
@@ -79,12 +79,12 @@ class _Gated:
 
 
 class GatedLinear(_Gated, nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - transformers' and torch's name
+    def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.gated("weight"), self.gated("bias"))  # type: ignore[arg-type]
 
 
 class GatedEmbedding(_Gated, nn.Embedding):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         # Look up first: B * T rows are fewer than the vocabulary, and the gradient to the table stays a scatter.
         values = F.embedding(input, self.weight, self.padding_idx)
         return self.gating.apply_columns(self.tensor_names["weight"], values)
@@ -105,7 +105,8 @@ class GatedAttention(_Gated):
     layer: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.num_key_value_groups = self.gating.heads_per_group(self.layer) or self.source_groups  # type: ignore[attr-defined]
+        per_group = self.gating.heads_per_group(self.layer)  # 0 where every query head is closed and KV heads stay
+        self.num_key_value_groups = self.source_groups if per_group is None else per_group  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -156,8 +157,10 @@ def attach(model: nn.Module, table: Table) -> Gating:
     """Make a transformers model follow a selection. Call before any sharding wrapper.
 
     Raises:
-        ShearingError: the state dict and the table differ, or a module has no gated form.
+        ShearingError: the state dict and the table differ, a module has no gated form, or the model is gated already.
     """
+    if any(isinstance(module, _Gated) for module in model.modules()):
+        raise ShearingError("the model is gated already: use the Gating that attach returned the first time")
     table.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     gating = Gating(table)
     modules = dict(model.named_modules())

@@ -24,7 +24,8 @@ def table_for(config: Any, head_mode: str = "group") -> Table:
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
         raise ShearingError(
-            f"model_type {family!r} has no table; there are tables for {', '.join(sorted(FAMILIES))}. A table names every "
-            "tensor, the axes of its dimensions, the gates multiplied in and its block: see llmshearing/families/llama.py"
+            f"model_type {family!r} has no table; there are tables for {', '.join(sorted(FAMILIES))}. A table names "
+            "every tensor, the axes of its dimensions, the gates multiplied in and its block: see "
+            "llmshearing/families/llama.py"
         )
     return FAMILIES[family](config, head_mode)

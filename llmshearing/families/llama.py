@@ -60,22 +60,25 @@ def llama_table(config: Any, head_mode: str = "group") -> Table:
 
 
 def _outside(tied: bool) -> list[TensorSpec]:
-    embedding = "model.embed_tokens.weight"
+    embedding = TensorSpec("model.embed_tokens.weight", ("vocab", "hidden"), gates=("hidden",))
+    if tied:
+        head = TensorSpec("lm_head.weight", ("vocab", "hidden"), gates=("hidden",), alias=embedding.name)
+        return [embedding, TensorSpec("model.norm.weight", ("hidden",)), head]
     return [
-        TensorSpec(embedding, ("vocab", "hidden"), gates=("hidden",)),
-        TensorSpec("model.norm.weight", ("hidden",), gates=() if tied else ("hidden",)),
-        TensorSpec("lm_head.weight", ("vocab", "hidden"), gates=("hidden",) if tied else (), alias=embedding if tied else None),
+        embedding,
+        TensorSpec("model.norm.weight", ("hidden",), gates=("hidden",)),
+        TensorSpec("lm_head.weight", ("vocab", "hidden")),
     ]
 
 
 def _attention(config: Any) -> list[TensorSpec]:
-    at, block = LAYER + "self_attn.", "attention"
+    at, block, out = LAYER + "self_attn.", "attention", ("hidden", "query")
     rows = [
         TensorSpec(LAYER + "input_layernorm.weight", ("hidden",), ("hidden",), block),
         TensorSpec(at + "q_proj.weight", ("query", "hidden"), (), block, counted=True),
         TensorSpec(at + "k_proj.weight", ("kv", "hidden"), (), block, counted=True),
         TensorSpec(at + "v_proj.weight", ("kv", "hidden"), (), block, counted=True),
-        TensorSpec(at + "o_proj.weight", ("hidden", "query"), ("hidden", "query"), block, scaled=True, counted=True),
+        TensorSpec(at + "o_proj.weight", out, out, block, scaled=True, counted=True),
     ]
     if config.attention_bias:
         rows += [
@@ -88,12 +91,12 @@ def _attention(config: Any) -> list[TensorSpec]:
 
 
 def _mlp(config: Any) -> list[TensorSpec]:
-    mlp, block = LAYER + "mlp.", "mlp"
+    mlp, block, down = LAYER + "mlp.", "mlp", ("hidden", "intermediate")
     rows = [
         TensorSpec(LAYER + "post_attention_layernorm.weight", ("hidden",), ("hidden",), block),
         TensorSpec(mlp + "gate_proj.weight", ("intermediate", "hidden"), (), block, counted=True),
         TensorSpec(mlp + "up_proj.weight", ("intermediate", "hidden"), (), block, counted=True),
-        TensorSpec(mlp + "down_proj.weight", ("hidden", "intermediate"), ("hidden", "intermediate"), block, scaled=True, counted=True),
+        TensorSpec(mlp + "down_proj.weight", down, down, block, scaled=True, counted=True),
     ]
     if config.mlp_bias:
         rows += [

@@ -23,6 +23,7 @@ LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(0.01), math.log(100.0)
 
 
 def clamp(log_alpha: Tensor) -> Tensor:
+    """Log alpha inside its range; outside of it the gradient is 0."""
     return log_alpha.clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
 

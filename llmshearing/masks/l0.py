@@ -73,6 +73,11 @@ class L0Masks(nn.Module):
     def _check(self) -> None:
         if (self.target is None) == (self.target_sparsity is None):
             raise ShearingError("masks need either a target shape or target_sparsity, and not both")
+        if self.target_sparsity is not None and not 0 <= self.target_sparsity < 1:
+            raise ShearingError(f"target_sparsity is {self.target_sparsity}; it must be 0 or more and less than 1")
+        untrained = sorted(set(self.target or ()) - set(self.kinds))
+        if untrained:
+            raise ShearingError(f"the target names {', '.join(untrained)}, of which there is no mask")
         for kind in self.kinds:
             size = self.row_size(kind)
             if self.target is not None and not 0 < self.target.get(kind, 0) <= size:
@@ -155,11 +160,11 @@ class L0Masks(nn.Module):
             sparsity = {TOTAL: 1 - self.expected_parameters() / self.table.count(counted_only=True)}
         else:
             sparsity = self.sparsity()
-        turn = lagrangian.ascend if ascending else torch.Tensor.view_as
         total = torch.zeros((), device=next(self.parameters()).device)
         for kind, target in self.targets_now().items():
-            pair = (self.lambda_1[kind], self.lambda_2[kind])
-            first, second = (turn(p) if ascending else p for p in pair)
+            first, second = self.lambda_1[kind], self.lambda_2[kind]
+            if ascending:
+                first, second = lagrangian.ascend(first), lagrangian.ascend(second)
             total = total + lagrangian.penalty(sparsity[kind].to(first.dtype), target, first, second)
         return total
 
@@ -183,7 +188,8 @@ def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: in
     """The selection that full-size gates describe; a gate of exactly 0 closes its unit.
 
     Where rows of one layer must stay equally long (query heads inside KV groups), and where ``round_to`` asks for a
-    multiple, closed units are added with gate 0: the function is the same and the shapes are legal.
+    multiple, closed units are added with gate 0: the function is the same and the shapes are legal. Not for hidden
+    units: a norm divides by their number, so that one more would change the function.
 
     Args:
         gates: mask kind -> its shape in :meth:`Kind.shape`; layer, head_layer, mlp: [L].
@@ -192,13 +198,15 @@ def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: in
     blocks = block_product(gates)
     # One transfer from the device for everything that decides shapes.
     flat = torch.cat([gates[kind].detach().flatten() for kind in kinds]) if kinds else torch.empty(0)
-    is_open = dict(zip(kinds, flat.ne(0).cpu().split([gates[kind].numel() for kind in kinds])))
+    sizes = [gates[kind].numel() for kind in kinds]
+    is_open = dict(zip(kinds, flat.ne(0).cpu().split(sizes), strict=True))
     units: dict[str, tuple[Units, ...]] = {}
     for kind in kinds:
         rows = table.kinds[kind].rows
         gate = gates[kind].reshape(table.layers if rows else 1, -1)
         open_rows = is_open[kind].view(len(gate), rows or 1, -1)
-        units[kind] = tuple(_row_units(gate[layer], open_rows[layer], round_to) for layer in range(len(gate)))
+        multiple = round_to if rows else 1
+        units[kind] = tuple(_row_units(gate[layer], open_rows[layer], multiple) for layer in range(len(gate)))
     return Selection(units, blocks)
 
 

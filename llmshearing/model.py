@@ -1,0 +1,138 @@
+"""The Composer model: a transformers causal LM, gated while it is pruned, and its objective.
+
+    sample gates -> selection -> folded forward -> per-token loss [B, T-1] -> per-sample loss [B] + penalty
+
+One vector of per-sample losses serves the objective, the metrics and every domain's loss. Shape legend: B sequences,
+T tokens, V vocabulary, D domains.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.models import ComposerModel
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+
+from llmshearing.families import table_for
+from llmshearing.gating import attach
+from llmshearing.masks.l0 import L0Masks
+
+# transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
+# which is what packed sequences without padding need.
+CAUSAL_SDPA = "causal_sdpa"
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+
+
+def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Next-token cross-entropy, [B, T-1], in float32 or wider. logits: [B, T, V]; input_ids: [B, T]."""
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none").view(len(input_ids), -1)
+
+
+class DomainLoss(Metric):
+    """Mean loss over samples, and by domain; summed over batches and ranks. Samples of domain -1 count for nothing.
+
+    After :meth:`compute`, ``by_domain`` [D] holds each domain's mean, NaN for a domain without a sample.
+    """
+
+    full_state_update = False
+
+    def __init__(self, domains: int, exponentiate: bool = False) -> None:
+        super().__init__()
+        self.exponentiate = exponentiate
+        # One more place, for what belongs to no domain of the list.
+        self.add_state("total", torch.zeros(domains + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(domains + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.by_domain: Tensor | None = None
+
+    def update(self, sample_loss: Tensor, domain: Tensor) -> None:
+        """sample_loss, domain: [B]."""
+        place = torch.where(domain < 0, len(self.total) - 1, domain)
+        self.total.index_add_(0, place, sample_loss.detach().to(self.total.dtype))
+        self.count.index_add_(0, place, torch.ones_like(place, dtype=self.count.dtype))
+
+    def compute(self) -> Tensor:
+        total, count = self.total[:-1], self.count[:-1]
+        self.by_domain = total / count  # 0 / 0 is NaN: nothing is known of that domain
+        mean = total.sum() / count.sum()
+        return mean.exp() if self.exponentiate else mean
+
+
+class ShearingModel(ComposerModel):
+    """Causal LM for Composer; with ``masks`` each training step runs the model that its sampled gates fold to.
+
+    Args:
+        model: a transformers causal LM. With masks its modules are gated in place; state dict keys stay.
+        masks: learned masks of ``model``'s table, or None for plain (continued) pretraining.
+        domains: number of domains, for the metrics.
+        eval_target_model: evaluate at the target shape; else at the size the masks now expect.
+        round_to: round the number of open units up to a multiple (extra units have gate 0).
+        autocast: dtype of CPU autocast inside forward; Composer itself accepts only float32 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        masks: L0Masks | None = None,
+        *,
+        domains: int = 1,
+        eval_target_model: bool = False,
+        round_to: int = 1,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.masks = masks
+        self.table = masks.table if masks is not None else table_for(model.config)
+        self.gating = attach(model, self.table) if masks is not None else None
+        self.eval_target_model, self.round_to, self.autocast = eval_target_model, round_to, autocast
+        self.eval_losses = {
+            "LanguageCrossEntropy": DomainLoss(domains),
+            "LanguagePerplexity": DomainLoss(domains, exponentiate=True),
+        }
+
+    def set_selection(self) -> None:
+        """Gate the model for the next forward pass: sampled gates in training, deterministic ones in evaluation."""
+        if self.masks is None or self.gating is None:
+            return
+        gates = self.masks.sample() if self.training else self.masks.deterministic(self.eval_target_model)
+        self.gating.set(self.masks.selection(gates, self.round_to))
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.autocast is None or device.type != "cpu":
+            return nullcontext()
+        return torch.autocast("cpu", dtype=self.autocast)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: ``input_ids`` [B, T]. Returns ``sample_loss`` [B] (nats per token) and, with masks, ``penalty``."""
+        input_ids = batch["input_ids"]
+        self.set_selection()
+        with self._autocast(input_ids.device):
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        outputs = {"sample_loss": token_losses(logits, input_ids).mean(-1)}
+        if self.masks is not None and self.training:
+            outputs["penalty"] = self.masks.penalty()
+        return outputs
+
+    def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy plus the Lagrangian term."""
+        return outputs["sample_loss"].mean() + outputs.get("penalty", 0.0)
+
+    def eval_forward(self, batch: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As forward; training metrics reuse the outputs of the training step."""
+        return outputs if outputs is not None else self.forward(batch)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """Evaluation metrics; training losses are reported by a callback from the step's own outputs."""
+        return {} if is_train else dict(self.eval_losses)
+
+    def update_metric(self, batch: dict[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
+        domain = batch.get("set")
+        metric.update(outputs["sample_loss"], torch.zeros_like(batch["input_ids"][:, 0]) if domain is None else domain)

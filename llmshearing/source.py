@@ -1,0 +1,157 @@
+"""The source of a run: its config, table, weights and masks, from the resolved configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from llmshearing.axes import Table
+from llmshearing.checkpoint import Checkpoint, read_checkpoint
+from llmshearing.config import Config, Shape, head_mode, source_shape, target_problems, target_shape
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
+
+
+@dataclass
+class Source:
+    """What a run starts from. ``target``: shape in the config's keys, None without masks or with a sparsity only."""
+
+    config: PretrainedConfig
+    table: Table
+    head_mode: str
+    target: dict[str, int] | None
+    checkpoint: Checkpoint | None
+
+    def target_parameters(self) -> int | None:
+        """Parameters of the model of the target's shape, embeddings and all."""
+        if self.target is None:
+            return None
+        small = type(self.config).from_dict({**self.config.to_dict(), **self.target})
+        return table_for(small).count()
+
+
+def read_source(cfg: Config) -> Source:
+    """Config, table and target of a run; loads no weights of a Hugging Face directory.
+
+    Raises:
+        ShearingError: the source cannot be found or read, or the target does not fit it.
+    """
+    checkpoint = read_checkpoint(cfg.model.path) if _is_checkpoint(cfg.model.path) else None
+    if checkpoint is not None and checkpoint.masks:
+        raise ShearingError(
+            f"model.path: {cfg.model.path} is a pruning run's checkpoint with masks. To go on with that run use "
+            "load_path or autoresume; to train the pruned model fold it first: python3 -m "
+            f"llmshearing.utils.post_pruning_processing prune_and_save_model {cfg.model.path}"
+        )
+    hf_config = _hf_config(cfg, checkpoint)
+    shape = _shape_of(hf_config)
+    if problems := list(target_problems(cfg, shape)):
+        raise ShearingError("\n".join(problems))
+    mode = head_mode(cfg, shape)
+    target = None
+    if (wanted := target_shape(cfg, shape)) is not None:
+        target = {key: value for key, value in asdict(wanted).items() if key != "head_dim"}
+    return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint)
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path.endswith(".pt") or Path(path).is_file()
+
+
+def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
+    if checkpoint is not None:
+        return checkpoint.config()
+    if (Path(cfg.model.path) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(cfg.model.path)
+    elif (shape := source_shape(cfg)) is not None:
+        # The weights are elsewhere (a recipe looked at on a laptop): the YAML's keys say the shape.
+        optional = {key: getattr(cfg.model, key) for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings")}
+        given = {key: value for key, value in optional.items() if value is not None}
+        config = LlamaConfig(**asdict(shape), **given, max_position_embeddings=cfg.max_seq_len)
+    else:
+        config = _from_hub(cfg.model.path)
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
+
+
+def _from_hub(name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ShearingError(f"model.path = {name}: no such directory, checkpoint or model: {error}") from None
+
+
+def _shape_of(config: PretrainedConfig) -> Shape:
+    fields = {key: getattr(config, key) for key in Shape.__dataclass_fields__}
+    return Shape(**fields)
+
+
+def load_model(source: Source, cfg: Config) -> PreTrainedModel:
+    """The transformers model with float32 weights, every tensor found and none left over.
+
+    Raises:
+        ShearingError: weights are missing, unexpected or of another shape.
+    """
+    attention = cfg.model.attn_implementation or "sdpa"
+    if source.checkpoint is not None:
+        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        model.load_state_dict(source.checkpoint.weights, strict=True)
+    else:
+        model = _from_directory(cfg.model.path)
+    model.set_attn_implementation(_causal(attention, source.config))
+    if cfg.model.activation_checkpointing:
+        # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _from_directory(path: str) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ShearingError(f"model.path = {path}: its weights cannot be loaded: {error}") from None
+    problems = [f"{key}: {sorted(names)}" for key, names in report.items() if names]
+    if problems:
+        raise ShearingError(f"model.path = {path}: weights do not match its config: " + "; ".join(problems))
+    return model
+
+
+def _causal(attention: str, config: PretrainedConfig) -> str:
+    from llmshearing.model import CAUSAL_SDPA
+
+    windowed = getattr(config, "sliding_window", None) is not None
+    return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention
+
+
+def build_masks(source: Source, cfg: Config) -> L0Masks | None:
+    """Masks as ``model.l0_module`` asks for them; None without it."""
+    l0 = cfg.model.l0_module
+    if l0 is None:
+        return None
+    target = None
+    if source.target is not None:
+        units = source.table.units(source.target)
+        layers = source.target[source.table.layers_key]
+        target = {kind: layers if kind in BLOCK_KINDS else units[kind] for kind in l0.pruning_modules}
+    sparsity = l0.target_sparsity if target is None else None
+    return L0Masks(source.table, l0.pruning_modules, target, sparsity, l0.start_sparsity, l0.seed)
+
+
+def mask_info(masks: L0Masks | None, head_mode: str) -> dict[str, Any] | None:
+    """What a checkpoint says of its masks."""
+    if masks is None:
+        return None
+    return {
+        "kinds": list(masks.kinds),
+        "target": masks.target,
+        "target_sparsity": masks.target_sparsity,
+        "start_sparsity": masks.start_sparsity,
+        "seed": masks.seed,
+        "head_mode": head_mode,
+    }

@@ -1,0 +1,289 @@
+"""Prune or continue to pretrain: one YAML file and overrides in, checkpoints out.
+
+    configuration -> source (config, table, weights) + masks -> domain mixture -> Composer trainer -> checkpoints
+
+    composer -n 8 llmshearing/train.py configs/llama2/7b.yaml data_local=DATA model.path=HF_DIR save_folder=RUN
+    python -m llmshearing.train configs/llama2/7b.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer, algorithms, callbacks, loggers, optim
+from composer.core import Algorithm, Callback
+from composer.utils import dist, get_device
+
+from llmshearing.callbacks.checkpoint_info import CheckpointInfo
+from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.callbacks.losses import LossMonitor
+from llmshearing.callbacks.pruning import PruningCallback
+from llmshearing.callbacks.shearing import Shearing
+from llmshearing.config import Config, load_config, to_yaml
+from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.errors import ShearingError
+from llmshearing.masks.l0 import L0Masks
+from llmshearing.model import ShearingModel
+from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
+
+log = logging.getLogger("llmshearing.train")
+
+SCHEDULERS = {
+    "cosine_with_warmup": optim.CosineAnnealingWithWarmupScheduler,
+    "constant_with_warmup": optim.ConstantWithWarmupScheduler,
+    "linear_decay_with_warmup": optim.LinearWithWarmupScheduler,
+}
+MONITORS = {
+    "speed_monitor": callbacks.SpeedMonitor,
+    "lr_monitor": callbacks.LRMonitor,
+    "memory_monitor": callbacks.MemoryMonitor,
+    "runtime_estimator": callbacks.RuntimeEstimator,
+    "optimizer_monitor": callbacks.OptimizerMonitor,
+}
+LOGGERS = {
+    "wandb": loggers.WandBLogger,
+    "tensorboard": loggers.TensorboardLogger,
+    "file_logger": loggers.FileLogger,
+}
+
+
+def describe(source: Source) -> str:
+    """Source and target shape with their parameter counts."""
+    lines = [f"source  {source.table.count():>15,} parameters  {source.table.shape()}"]
+    if source.target is not None:
+        lines.append(f"target  {source.target_parameters():>15,} parameters  {source.target}")
+    return "\n".join(lines)
+
+
+def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config) -> list[dict[str, Any]]:
+    """Weights, masks and multipliers; only weights decay. The multipliers' ascent stands in the objective."""
+    o = cfg.optimizer
+    groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
+    if masks is not None:
+        multipliers = [*masks.lambda_1.parameters(), *masks.lambda_2.parameters()]
+        groups.append({"name": "masks", "params": list(masks.log_alpha.parameters())})
+        groups.append({"name": "multipliers", "params": multipliers})
+        for group in groups[1:]:
+            group |= {"lr": o.lag_lr, "weight_decay": 0.0}
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
+    """AdamW over the groups."""
+    o = cfg.optimizer
+    kinds = {"decoupled_adamw": optim.DecoupledAdamW, "adamw": torch.optim.AdamW}
+    return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
+
+
+def build_scheduler(cfg: Config) -> Any:
+    """Composer's scheduler of that name."""
+    s = cfg.scheduler
+    options = {} if s.name == "constant_with_warmup" else {"t_max": s.t_max, "alpha_f": s.alpha_f}
+    return SCHEDULERS[s.name](t_warmup=s.t_warmup, **options)
+
+
+def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
+    """Gradient clipping and the masks' driver."""
+    chosen: list[Algorithm] = []
+    if (clip := cfg.algorithms.gradient_clipping) is not None:
+        chosen.append(algorithms.GradientClipping(clip.clipping_type, clip.clipping_threshold))
+    if masks is not None and cfg.model.l0_module is not None:
+        constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
+        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
+    return chosen
+
+
+def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any]) -> list[Callback]:
+    """Ours, then Composer's monitors."""
+    d = cfg.callbacks.data_loading
+    folder = Path(cfg.save_folder) if cfg.save_folder else None
+    ours: list[Callback] = [CheckpointInfo(info)]
+    ours.append(LossMonitor(d.set_names or [], folder / "evaluations.jsonl" if folder else None))
+    if masks is not None and cfg.model.l0_module is not None:
+        to_target = cfg.model.l0_module.eval_target_model
+        ours.append(PruningCallback(masks, to_target, folder / "gates" if folder else None))
+    options = {"update_type": d.update_type, "eta": d.eta, "c": d.c, "clamp_excess": d.clamp_excess}
+    ours.append(DynamicLoadingCallback(dataset, d.target_loss, dynamic=d.dynamic, **options))
+    wanted = {name: getattr(cfg.callbacks, name) for name in MONITORS}
+    return ours + [MONITORS[name](**options) for name, options in wanted.items() if options is not None]
+
+
+def build_loggers(cfg: Config) -> list[Any]:
+    """Composer's loggers of these names."""
+    wanted = {name: getattr(cfg.loggers, name) for name in LOGGERS}
+    return [LOGGERS[name](**options) for name, options in wanted.items() if options is not None]
+
+
+def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
+    """dtype of CPU autocast: bfloat16 where it is asked for and the processor has instructions for it."""
+    if device != "cpu" or cfg.precision != "amp_bf16":
+        return None
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file() and not any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16")):
+        log.warning("precision amp_bf16: this processor has no bfloat16 arithmetic; training in fp32")
+        return None
+    return torch.bfloat16
+
+
+def run_info(cfg: Config, source: Source, masks: L0Masks | None) -> dict[str, Any]:
+    """What the run's checkpoints say of themselves."""
+    history = list(source.checkpoint.info.history) if source.checkpoint is not None else []
+    step = "pruned" if masks is not None else "continued pretraining"
+    name = f" ({cfg.run_name})" if cfg.run_name else ""
+    return {
+        "hf_config": source.config.to_dict(),
+        "masks": mask_info(masks, source.head_mode),
+        "run_config": to_yaml(cfg),
+        "tokenizer": cfg.tokenizer_name,
+        "history": [*history, f"{step} from {cfg.model.path} for {cfg.max_duration}{name}"],
+    }
+
+
+def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
+    """Training and evaluation data of this rank."""
+    d, ranks = cfg.callbacks.data_loading, dist.get_world_size()
+    if cfg.global_train_batch_size % ranks:
+        raise ShearingError(
+            f"global_train_batch_size = {cfg.global_train_batch_size} is not divisible by the {ranks} ranks"
+        )
+    shared: dict[str, Any] = {"max_seq_len": cfg.max_seq_len, "vocab_size": source.config.vocab_size}
+    shared["set_names"] = d.set_names or []
+
+    def loading(loader: Any) -> dict[str, Any]:
+        names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+        where = {"local": loader.dataset.local, "split": loader.dataset.split}
+        return {**shared, **where, **{name: getattr(loader, name) for name in names}}
+
+    train = build_train_dataloader(
+        **loading(cfg.train_loader),
+        proportion=d.proportion or [1.0],
+        batch_size=cfg.global_train_batch_size // ranks,
+        seed=cfg.train_loader.dataset.shuffle_seed,
+        dynamic=d.dynamic,
+        shuffle=cfg.train_loader.dataset.shuffle,
+    )
+    subset = None if cfg.eval_subset_num_batches < 0 else cfg.eval_subset_num_batches
+    evaluation = build_eval_dataloader(
+        **loading(cfg.eval_loader), batch_size=cfg.device_eval_batch_size, subset_num_batches=subset
+    )
+    return train, evaluation
+
+
+def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
+    """Options that Composer's Trainer takes as they are."""
+    passed = (
+        "max_duration", "eval_interval", "run_name", "progress_bar", "log_to_console", "console_log_interval",
+        "load_path", "load_weights_only", "save_folder", "save_filename", "save_latest_filename", "save_overwrite",
+        "save_interval", "save_num_checkpoints_to_keep", "autoresume", "dist_timeout", "seed", "python_log_level",
+    )  # fmt: skip
+    options = {name: getattr(cfg, name) for name in passed}
+    options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
+    options["precision"] = "fp32" if device == "cpu" else cfg.precision
+    if cfg.fsdp_config is not None and device == "cpu":
+        log.warning("fsdp_config: ignored on a CPU; ranks are replicas (DDP)")
+    elif cfg.fsdp_config is not None:
+        options["parallelism_config"] = {"fsdp": dict(cfg.fsdp_config)}
+    return options
+
+
+def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
+    """Everything of a run, ready to fit."""
+    masks = build_masks(source, cfg)
+    train, evaluation = build_data(cfg, source)
+    l0 = cfg.model.l0_module
+    hf_model = load_model(source, cfg)
+    model = ShearingModel(
+        hf_model,
+        masks,
+        domains=len(cfg.callbacks.data_loading.set_names or []),
+        eval_target_model=l0.eval_target_model if l0 else False,
+        round_to=l0.round_to if l0 else 1,
+        autocast=cpu_autocast(cfg, device),
+    )
+    info = run_info(cfg, source, masks)
+    return Trainer(
+        model=model,
+        train_dataloader=train,
+        eval_dataloader=evaluation,
+        optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
+        schedulers=build_scheduler(cfg),
+        algorithms=build_algorithms(masks, cfg),
+        callbacks=build_callbacks(cfg, masks, train.dataloader.dataset, info),
+        loggers=build_loggers(cfg),
+        device=device,
+        **trainer_options(cfg, device),
+    )
+
+
+def save_resolved(cfg: Config) -> None:
+    """Write the resolved configuration beside the checkpoints, on the first rank."""
+    if cfg.save_folder is None or dist.get_global_rank() != 0:
+        return
+    path = Path(cfg.save_folder) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(cfg), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def train(cfg: Config) -> Trainer:
+    """Run a configuration to its end; returns Composer's trainer.
+
+    Raises:
+        ShearingError: the source, the data or their combination with the configuration is wrong.
+    """
+    source = read_source(cfg)
+    device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
+    dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)
+    log.info("%s", describe(source))
+    trainer = build_trainer(cfg, source, device)
+    save_resolved(cfg)
+    if cfg.eval_first and trainer.state.timestamp.batch.value == 0:
+        trainer.eval()
+    trainer.fit()
+    batches = trainer.state.timestamp.batch.value
+    wrote = f"wrote {_latest(cfg)}" if cfg.save_folder else "no save_folder: nothing written"
+    log.info("trained %d batches; %s", batches, wrote)
+    trainer.close()
+    return trainer
+
+
+def _latest(cfg: Config) -> Path:
+    return Path(cfg.save_folder or "") / cfg.save_latest_filename.format(rank=0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="llmshearing/train.py",
+        description="Prune a model toward an exact shape, or continue to pretrain one.",
+        epilog="example: composer -n 8 llmshearing/train.py configs/llama2/7b.yaml run_name=first data_local=DATA",
+    )
+    parser.add_argument("config", help="YAML file; its keys are described in llmshearing/config/schema.py")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-4")
+    parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and shapes, then stop")
+    arguments = parser.parse_intermixed_args(argv)
+    first = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        cfg = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            source = read_source(cfg)
+            build_masks(source, cfg)
+            sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")
+        else:
+            train(cfg)
+    except ShearingError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
