@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"config", "axes"},
     {"families", "masks"},
-    {"gating"},
+    {"gating", "selection_io"},
     {"model", "data", "pruners"},
     {"checkpoint"},
     {"callbacks", "source", "convert"},
