@@ -1,0 +1,329 @@
+"""Prepared data against the documents it came from, decoded by Streaming and by the tokenizers library itself."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from streaming import LocalDataset
+from tokenizers import Tokenizer
+
+from llmshearing.data.packing import Packer, split_of
+from llmshearing.data.prepare import main, prepare, table
+from llmshearing.data.tokenizer import load_tokenizer
+from llmshearing.errors import ShearingError
+
+SEQ = 16
+BOS, EOS = 0, 1
+
+
+def stream(path: Path) -> list[int]:
+    data = LocalDataset(str(path))
+    return [int(token) for i in range(len(data)) for token in data[i]["tokens"]]
+
+
+def documents(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Whole documents in a packed stream; the last one is cut off where the incomplete sequence was dropped."""
+    found, current = [], []
+    for token in ids:
+        if token == BOS:
+            current = []
+        elif token == EOS:
+            found.append(tokenizer.decode(current))
+        else:
+            current.append(token)
+    return found
+
+
+def test_splits_hold_each_document_once_and_share_none(prepared, texts, tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    seen: dict[str, set[str]] = {}
+    for split in ("for_prune", "for_ft", "eval"):
+        for domain, originals in texts.items():
+            ids = stream(prepared / split / domain)
+            whole = documents(ids, tokenizer)
+            here = [text for text in originals if split_of(text, 17, 0.3, 0.3) == split]
+            assert ids[0] == BOS
+            assert whole == here[: len(whole)]  # in order, none missing
+            assert len(here) - len(whole) <= 1 + SEQ  # only what the dropped rest held
+            seen.setdefault(split, set()).update(whole)
+    assert seen["eval"] and seen["for_prune"] and seen["for_ft"]
+    assert not seen["eval"] & (seen["for_prune"] | seen["for_ft"]) and not seen["for_prune"] & seen["for_ft"]
+
+
+def test_merged_evaluation_is_all_of_eval(prepared):
+    merged = LocalDataset(str(prepared / "eval_merge"))
+    apart = [LocalDataset(str(prepared / "eval" / name)) for name in ("books", "code")]
+    rows = [sample for data in apart for sample in (data[i] for i in range(len(data)))]
+    assert len(merged) == len(rows)
+    for i, row in enumerate(rows):
+        assert merged[i]["set"] == row["set"]
+        np.testing.assert_array_equal(merged[i]["tokens"], row["tokens"])
+
+
+def test_manifest_says_what_is_there(prepared, tokenizer_file):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    assert manifest["vocab_size"] == tokenizer.get_vocab_size() > manifest["max_token_id"]
+    assert (manifest["bos_id"], manifest["eos_id"], manifest["dtype"]) == (BOS, EOS, "uint16")
+    for split, domains in manifest["splits"].items():
+        for domain, counts in domains.items():
+            data = LocalDataset(str(prepared / split / domain))
+            assert counts["sequences"] == len(data) == counts["tokens"] // SEQ
+            assert f"{split:<12}{domain:<20}" in table(manifest)
+    assert set(manifest["request"]["sources"]["books"]) == {"a.jsonl", "b.jsonl"}
+    index = json.loads((prepared / "eval" / "books" / "index.json").read_text())
+    assert index["shards"][0]["raw_data"]["hashes"].keys() == {"xxh64"}
+    assert str(prepared.parent) not in (prepared / "manifest.json").read_text()
+
+
+def test_compressed_files_give_the_same_result(tmp_path, corpus, prepared, tokenizer_file):
+    for domain in ("books", "code"):
+        folder = tmp_path / "in" / domain
+        folder.mkdir(parents=True)
+        first, second = ((corpus / domain / f"{name}.jsonl").read_bytes() for name in "ab")
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(first[:100]) + gzip.compress(first[100:]))
+        frames = [zstandard.ZstdCompressor().compress(part) for part in (second[:100], second[100:])]
+        (folder / "b.jsonl.zst").write_bytes(b"".join(frames))
+    options = {"eval_fraction": 0.3, "for_prune_fraction": 0.3, "progress": False}
+    prepare(tmp_path / "in", tokenizer_file, tmp_path / "out", SEQ, **options)
+    for split in ("for_prune/books", "for_ft/code", "eval_merge"):
+        assert stream(tmp_path / "out" / split) == stream(prepared / split)
+
+
+def test_limits_and_absent_splits(tmp_path, corpus, tokenizer_file, prepared):
+    options = {"eval_fraction": 0.3, "for_prune_fraction": 0.7, "eval_seqs": 3, "progress": False}
+    manifest = prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, **options)
+    assert {n["sequences"] for n in manifest["splits"]["eval"].values()} == {3}
+    assert not (tmp_path / "out" / "for_ft").exists()
+    assert len(LocalDataset(str(tmp_path / "out" / "eval_merge"))) == 6
+    assert stream(tmp_path / "out" / "eval" / "code") == stream(prepared / "eval" / "code")[: 3 * SEQ]
+
+
+@given(st.text(), st.integers(0, 2**40), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_larger_fractions_only_add_to_evaluation(text, seed, small, more):
+    if split_of(text, seed, small, 0.1) == "eval":
+        assert split_of(text, seed, small + more, 0.1) == "eval"
+
+
+@given(st.lists(st.lists(st.integers(2, 50), max_size=30), min_size=1, max_size=12), st.integers(1, 5))
+def test_packing_does_not_depend_on_batches(encoded, batch):
+    class Memory(list):
+        def write(self, sample):
+            self.append(sample["tokens"].tolist())
+
+    whole, parts = Memory(), Memory()
+    Packer("a", [whole], 7, "uint16", 0, 1, None).add([""] * len(encoded), encoded)
+    packer = Packer("a", [parts], 7, "uint16", 0, 1, None)
+    for i in range(0, len(encoded), batch):
+        packer.add([""] * len(encoded[i : i + batch]), encoded[i : i + batch])
+    flat = [token for ids in encoded for token in [0, *ids, 1]]
+    assert whole == parts == [flat[i : i + 7] for i in range(0, len(flat) - 6, 7)]
+    assert packer.tokens == len(flat)
+
+
+# ---- tokenizers
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory, texts) -> Path:
+    path = tmp_path_factory.mktemp("sp") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts["books"]), model_prefix=str(path), vocab_size=100, hard_vocab_limit=False
+    )
+    return path.with_suffix(".model")
+
+
+def test_sentencepiece_encodes_as_its_library(sentencepiece_model, texts):
+    loaded = load_tokenizer(sentencepiece_model)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    assert loaded.encode(texts["code"][:5]) == [model.encode(text) for text in texts["code"][:5]]
+    assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (1, 2, model.get_piece_size())
+
+
+def test_directory_and_file_agree(tmp_path, tokenizer_file, texts):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    saved = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token="<s>", eos_token="</s>")
+    saved.save_pretrained(str(tmp_path))
+    directory, file = load_tokenizer(tmp_path), load_tokenizer(tokenizer_file)
+    expected = AutoTokenizer.from_pretrained(str(tmp_path))(texts["code"][:5], add_special_tokens=False)["input_ids"]
+    assert directory.encode(texts["code"][:5]) == file.encode(texts["code"][:5]) == expected
+    assert (directory.bos_id, directory.eos_id) == (file.bos_id, file.eos_id) == (BOS, EOS)
+
+
+def test_text_cannot_forge_special_tokens(tokenizer_file):
+    loaded = load_tokenizer(tokenizer_file)
+    ids = loaded.encode(["a</s><s>b"])[0]
+    assert BOS not in ids and EOS not in ids
+    assert Tokenizer.from_file(str(tokenizer_file)).decode(ids) == "a</s><s>b"
+
+
+def test_tokenizer_without_bos_is_refused_until_one_is_named(tmp_path, texts, sentencepiece_model, train_tokenizer):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(texts["books"], ["<end>"]).save(str(path))
+    with pytest.raises(ShearingError, match="has no BOS, no EOS; name one with --bos_token"):
+        load_tokenizer(path)
+    with pytest.raises(ShearingError, match=r"no BOS \('<x>' is not in the vocabulary\)"):
+        load_tokenizer(path, "<x>", "<end>")
+    assert load_tokenizer(path, "<end>", "<end>").bos_id == 0
+    with pytest.raises(ShearingError, match=r"no EOS \('<x>'"):
+        load_tokenizer(sentencepiece_model, eos_token="<x>")
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_what_is_no_tokenizer_is_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ShearingError, match="tokenizer.json"):
+        load_tokenizer(path)
+
+
+# ---- bad input: one clear error, exit code 1, nothing left behind
+
+
+def refuse(tmp_path: Path, tokenizer: Path, *more: str, seq: int = SEQ) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    command = ["--input", str(tmp_path / "in"), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
+    with pytest.raises(ShearingError) as caught:
+        prepare_from(command, seq, more)
+    assert main([*command, "--max_seq_len", str(seq), "--no_progress", *more]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    return str(caught.value)
+
+
+def prepare_from(command: list[str], seq: int, more: tuple[str, ...]) -> None:
+    options = {name[2:]: value for name, value in zip(more[::2], more[1::2], strict=True)}
+    if "domains" in options:
+        options["domains"] = [options["domains"]]
+    prepare(command[1], command[3], command[5], seq, progress=False, **options)
+
+
+def test_empty_and_missing_domains_are_named_together(tmp_path, tokenizer_file, write_jsonl):
+    write_jsonl(tmp_path / "in" / "good" / "a.jsonl", ["text"])
+    (tmp_path / "in" / "bare").mkdir()
+    (tmp_path / "in" / "hollow").mkdir()
+    (tmp_path / "in" / "hollow" / "a.jsonl").touch()
+    said = refuse(tmp_path, tokenizer_file)
+    assert "domain folder" in said and "bare has no file" in said and "hollow/a.jsonl is empty" in said
+    assert "'absent' is not a folder" in refuse(tmp_path, tokenizer_file, "--domains", "absent")
+
+
+def test_no_domains_at_all(tmp_path, tokenizer_file):
+    assert "is no folder" in refuse(tmp_path, tokenizer_file)
+    (tmp_path / "in").mkdir()
+    assert "has no domain folder" in refuse(tmp_path, tokenizer_file)
+
+
+def test_every_broken_line_is_named(tmp_path, tokenizer_file):
+    lines = [b'{"text": "fine"}', b"", b'{"text": "cut', b'{"body": "x"}', b'{"text": 3}', b"[1]", b'{"text": "\xff"}']
+    lines.append(b'{"text": "\\ud800"}')
+    path = tmp_path / "in" / "web" / "a.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\n".join(lines))
+    said = refuse(tmp_path, tokenizer_file)
+    for number, what in (
+        (3, "is not JSON"),
+        (4, "no string in field 'text'; it has ['body']"),
+        (5, "no string in field"),
+        (6, "no string in field"),
+        (7, "is not UTF-8"),
+        (8, "lone surrogate"),
+    ):
+        assert f"a.jsonl:{number} " in said.splitlines()[number - 3] and what in said.splitlines()[number - 3]
+    assert len(said.splitlines()) == 6
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_truncated_compression_is_named(tmp_path, tokenizer_file, corpus, name):
+    text = (corpus / "books" / "a.jsonl").read_bytes()
+    whole = gzip.compress(text) if name.endswith("gz") else zstandard.ZstdCompressor().compress(text)
+    path = tmp_path / "in" / "web" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert name in refuse(tmp_path, tokenizer_file)
+    path.write_bytes(b"no compressed data")
+    assert f"{name} cannot be decompressed" in refuse(tmp_path, tokenizer_file)
+
+
+def test_domain_too_small_for_a_sequence(tmp_path, tokenizer_file, write_jsonl):
+    write_jsonl(tmp_path / "in" / "tiny" / "a.jsonl", ["a few words"])
+    said = refuse(tmp_path, tokenizer_file, seq=512)
+    for split in ("eval", "for_prune", "for_ft"):
+        assert f"in split {split}, less than one sequence of 512" in said
+
+
+def test_tokenizer_larger_than_the_dtype(tmp_path, corpus, write_jsonl):
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {"<s>": 0, "</s>": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, 70000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    write_jsonl(tmp_path / "in" / "web" / "a.jsonl", ["w69999 " * 20] * 3 + [f"w{i} " * 20 for i in range(50)])
+    assert "dtype is uint16, but the tokenizer has ids up to 69999" in refuse(tmp_path, path, "--dtype", "uint16")
+    manifest = prepare(
+        tmp_path / "in", path, tmp_path / "out", SEQ, eval_fraction=0.3, for_prune_fraction=0.3, progress=False
+    )
+    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint32", 70000)
+    assert max(max(stream(tmp_path / "out" / split / "web")) for split in ("eval", "for_prune", "for_ft")) == 69999
+
+
+def test_options_out_of_range_are_named_together(tmp_path, tokenizer_file):
+    with pytest.raises(ShearingError) as caught:
+        prepare(tmp_path, tokenizer_file, tmp_path / "out", 1, eval_fraction=0.8, for_prune_fraction=0.3, eval_seqs=0,
+                seed=-1, shard_size="big", dtype="int8")  # fmt: skip
+    said = str(caught.value)
+    for what in ("max_seq_len is 1", "eval_fraction 0.8", "eval_seqs is 0", "seed is -1", "'big'", "'int8'"):
+        assert what in said
+
+
+def test_output_in_use_is_refused_and_the_same_result_is_kept(tmp_path, corpus, tokenizer_file, caplog):
+    options = {"eval_fraction": 0.3, "for_prune_fraction": 0.3, "progress": False}
+    output = tmp_path / "out"
+    output.mkdir()  # empty is fine
+    first = prepare(corpus, tokenizer_file, output, SEQ, **options)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with caplog.at_level("INFO"):
+        assert prepare(corpus, tokenizer_file, output, SEQ, **options) == first
+    assert "nothing to do" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
+    with pytest.raises(ShearingError, match="prepared with other options, seed; remove it"):
+        prepare(corpus, tokenizer_file, output, SEQ, seed=18, **options)
+    (output / "eval" / "books" / "index.json").unlink()
+    with pytest.raises(ShearingError, match="is incomplete"):
+        prepare(corpus, tokenizer_file, output, SEQ, **options)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ShearingError, match="is not prepared data"):
+        prepare(corpus, tokenizer_file, other, SEQ, **options)
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_command_line(tmp_path, corpus, tokenizer_file):
+    command = [
+        sys.executable,
+        "-m",
+        "llmshearing.data.prepare",
+        "--input",
+        str(corpus),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    command += ["--max_seq_len", str(SEQ), "--eval_fraction", "0.3", "--for_prune_fraction", "0.3"]
+    done = subprocess.run([*command, "--tokenizer", str(tokenizer_file)], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1].endswith(f"sequences of {SEQ} tokens to {tmp_path / 'o'}")
+    assert "bytes/token" in done.stderr
+    failed = subprocess.run([*command, "--tokenizer", "absent"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "tokenizer absent is none of" in failed.stderr
