@@ -26,6 +26,19 @@ def test_every_yaml_validates_and_round_trips(path: Path, tmp_path: Path) -> Non
     assert not Path(cfg.data_local).is_absolute()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_yaml_dry_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source and target are told from the shape keys: no weights are here."""
+    from llmshearing.train import main  # brings torch and Composer
+
+    monkeypatch.chdir(ROOT)
+    assert main([str(path), "--dry-run", "model.path=not/here"]) == 0
+    output = capsys.readouterr().out
+    shape = source_shape(load_config(path))
+    assert shape is not None and f"'hidden_size': {shape.hidden_size}" in output
+    assert f"max_duration: {load_config(path).max_duration}" in output
+
+
 def test_published_recipe() -> None:
     cfg = load_config(ROOT / "configs/llama2/7b.yaml")
     assert source_shape(cfg) == Shape(4096, 32, 32, 128, 11008, 32, 32000)
