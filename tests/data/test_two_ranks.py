@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
@@ -63,6 +64,7 @@ def run_two(root: Path, names: list[str]) -> list:
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow  # two processes import torch, Composer and Streaming
 def test_two_ranks_are_one_stream(domains):
     root, names = domains
     (rows_0, seen_0, sizes, state_0), (rows_1, seen_1, _, state_1) = run_two(root, names)
