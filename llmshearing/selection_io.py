@@ -1,0 +1,75 @@
+"""Selections on disk: one safetensors file that replays what a pruner chose.
+
+    units.<kind>.<row>.index   int64 [k]     kept units; row: the source layer, 0 for kinds shared by all layers
+    units.<kind>.<row>.gate    [k]           absent where all gates are 1
+    blocks.<block>             [L]           gate of every layer's attention or mlp
+
+The header's metadata lists kinds and rows as JSON, and whatever else the caller wants to tell (plain data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmshearing.axes import Selection, Units
+from llmshearing.errors import ShearingError
+
+FORMAT = "llmshearing-selection-1"
+
+
+def save_selection(path: Path | str, selection: Selection, about: Mapping[str, Any] | None = None) -> Path:
+    """Write a selection under a temporary name, then rename. ``about``: anything that JSON can hold."""
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    for kind, rows in selection.units.items():
+        for row, units in enumerate(rows):
+            tensors[f"units.{kind}.{row}.index"] = units.index
+            if units.gate is not None:
+                tensors[f"units.{kind}.{row}.gate"] = units.gate
+    tensors |= {f"blocks.{block}": gate for block, gate in selection.blocks.items()}
+    metadata = {
+        "format": FORMAT,
+        "kinds": json.dumps({kind: len(rows) for kind, rows in selection.units.items()}),
+        "about": json.dumps(dict(about or {})),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A clone each: safetensors refuses tensors that share memory, as the gates of blocks may.
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_selection(path: Path | str) -> tuple[Selection, dict[str, Any]]:
+    """Read a selection and what its writer told about it.
+
+    Raises:
+        ShearingError: the file is missing, damaged, or no selection.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise ShearingError(f"selection {path} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ShearingError(f"{path} is no selection: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    units = {
+        kind: tuple(
+            Units(tensors[f"units.{kind}.{row}.index"], tensors.get(f"units.{kind}.{row}.gate")) for row in range(rows)
+        )
+        for kind, rows in json.loads(metadata["kinds"]).items()
+    }
+    blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
+    return Selection(units, blocks), json.loads(metadata["about"])
