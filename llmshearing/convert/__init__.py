@@ -1,0 +1,25 @@
+"""From one form of a model to another: Hugging Face directory, Composer checkpoint, pruned checkpoint.
+
+`hf` reads Hugging Face models, `export` writes them, `folding` makes the compact model of a pruning run, `equality`
+compares log-probabilities, `card` writes the README of an exported model, `arguments` reads `key=value`, `output`
+guards what exists, `cli` has the commands.
+"""
+
+from llmshearing.convert.card import model_card
+from llmshearing.convert.equality import Comparison, compare
+from llmshearing.convert.export import checkpoint_to_hf, write_hf_directory
+from llmshearing.convert.folding import fold_checkpoint, prune_and_save_model
+from llmshearing.convert.hf import build_model, hf_to_checkpoint, load_hf_weights
+
+__all__ = [
+    "Comparison",
+    "build_model",
+    "checkpoint_to_hf",
+    "compare",
+    "fold_checkpoint",
+    "hf_to_checkpoint",
+    "load_hf_weights",
+    "model_card",
+    "prune_and_save_model",
+    "write_hf_directory",
+]

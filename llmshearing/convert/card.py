@@ -1,0 +1,87 @@
+"""README of an exported model: where it comes from, its shape, its data, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from llmshearing.checkpoint import CheckpointInfo
+from llmshearing.families import table_for
+
+HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llmshearing
+- pruning
+---
+# {name}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (of.from_pretrained("{name}") for of in (AutoModelForCausalLM, AutoTokenizer))
+```
+
+The licences of the source model and of the data hold for this model too.
+"""
+
+
+def model_card(info: CheckpointInfo, name: str) -> str:
+    """Markdown: shape, history, data and configuration, each where it is known."""
+    run = run_config(info)
+    parts = [HEADER.format(name=name), _shape(info), _history(info), _data(run)]
+    if info.run_config:
+        parts.append(f"## Configuration of the last run\n\n```yaml\n{info.run_config.strip()}\n```\n")
+    return "\n".join(part for part in parts if part)
+
+
+def run_config(info: CheckpointInfo) -> Mapping[str, Any]:
+    """The run's configuration as a mapping; empty where there is none."""
+    try:
+        loaded = yaml.safe_load(info.run_config or "")
+    except yaml.YAMLError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def tokenizer_of(info: CheckpointInfo) -> str | None:
+    """Path or name of the tokenizer, from the checkpoint or its run's configuration."""
+    run = run_config(info)
+    model = run.get("model")
+    return (
+        info.tokenizer
+        or (model.get("tokenizer_name") if isinstance(model, dict) else None)
+        or run.get("tokenizer_name")
+    )
+
+
+def _shape(info: CheckpointInfo) -> str:
+    table = table_for(info.config)
+    shape = {**table.shape(), "head_dim": table.config_axes["num_attention_heads"][1], "parameters": table.count()}
+    rows = "\n".join(f"| {key} | {value:,} |" for key, value in shape.items())
+    return f"## Shape\n\n| | |\n|---|---:|\n{rows}\n"
+
+
+def _history(info: CheckpointInfo) -> str:
+    lines = "\n".join(f"{number}. {line}" for number, line in enumerate(info.history, 1))
+    return f"## How it was made\n\n{lines}\n" if lines else ""
+
+
+def _data(run: Mapping[str, Any]) -> str:
+    callbacks = run.get("callbacks")
+    loading = callbacks.get("data_loading") if isinstance(callbacks, dict) else None
+    if not isinstance(loading, dict) or not loading.get("set_names"):
+        return ""
+    names, shares = loading["set_names"], loading.get("proportion") or []
+    losses = loading.get("target_loss") or []
+    rows = [
+        f"| {name} | {shares[at] if at < len(shares) else ''} | {losses[at] if at < len(losses) else ''} |"
+        for at, name in enumerate(names)
+    ]
+    update = loading.get("update_type", "constant")
+    return (
+        f"## Data\n\nDomains of the last run, with the proportions that it started from (update: {update}).\n\n"
+        "| domain | proportion | target loss |\n|---|---:|---:|\n" + "\n".join(rows) + "\n"
+    )

@@ -1,0 +1,147 @@
+"""The commands of the converters; `llmshearing.utils` has a shell for each, under the name that users know."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmshearing.checkpoint import LATEST
+from llmshearing.convert.arguments import parse_pairs
+from llmshearing.convert.equality import compare
+from llmshearing.convert.export import checkpoint_to_hf
+from llmshearing.convert.folding import prune_and_save_model
+from llmshearing.convert.hf import hf_to_checkpoint
+from llmshearing.errors import ShearingError
+
+log = logging.getLogger(__name__)
+
+
+def composer_to_hf(argv: Sequence[str] | None = None) -> int:
+    """Convert, in the direction that the source says; the exit status."""
+    parser = _parser(
+        "composer_to_hf",
+        "Composer checkpoint -> Hugging Face directory, or Hugging Face directory or name -> Composer checkpoint.",
+        "out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/Llama-2-7b-hf\n"
+        "meta-llama/Llama-2-7b-hf models/Llama-2-7b-composer/state_dict.pt",
+    )
+    parser.add_argument("source", help="checkpoint file (or its directory), or Hugging Face directory or name")
+    parser.add_argument("destination", help="directory to write, or .pt file")
+    parser.add_argument(
+        "pairs",
+        nargs="*",
+        metavar="key=value",
+        help="dtype=float32|float16|bfloat16 (default: as stored), tokenizer=DIR, model_class=, _name_or_path=; any "
+        "other key (hidden_size=, ...) is checked against the model's config and may be left out",
+    )
+    parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    options = parser.parse_intermixed_args(argv)
+
+    def convert() -> int:
+        given = parse_pairs(options.pairs)
+        if is_checkpoint(options.source):
+            size, overwrite = options.max_shard_size, options.overwrite
+            checkpoint_to_hf(options.source, options.destination, given, max_shard_size=size, overwrite=overwrite)
+        else:
+            hf_to_checkpoint(options.source, options.destination, given, overwrite=options.overwrite)
+        return 0
+
+    return _run(convert)
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a source names a checkpoint: a file, a directory with one, or something called like one."""
+    path = Path(source)
+    return path.is_file() or path.suffix == ".pt" or (path / LATEST).is_file()
+
+
+def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
+    """Fold a pruning run's checkpoint; the exit status."""
+    parser = _parser(
+        "post_pruning_processing",
+        "Fold the checkpoint of a pruning run into the compact model, pruned-<checkpoint> beside it.",
+        "prune_and_save_model out/latest-rank0.pt\n"
+        "prune_and_save_model out/latest-rank0.pt hidden_size=2048 --output out/compact.pt",
+    )
+    parser.add_argument("command", choices=["prune_and_save_model"])
+    parser.add_argument("model_path", help="checkpoint file, or its directory")
+    parser.add_argument(
+        "pairs", nargs="*", metavar="key=value", help="facts of the compact model's config, to be checked"
+    )
+    parser.add_argument("--output", help="file to write (default: pruned-<name> in the same directory)")
+    parser.add_argument(
+        "--uniform", action="store_true", help="without a target shape: give every layer the layers' mean size"
+    )
+    parser.add_argument(
+        "--zero_closed_blocks",
+        action="store_true",
+        help="write a closed attention or MLP of a kept layer as zeros instead of refusing it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    options = parser.parse_intermixed_args(argv)
+
+    def process() -> int:
+        prune_and_save_model(
+            options.model_path,
+            options.output,
+            parse_pairs(options.pairs),
+            uniform=options.uniform,
+            zero_closed_blocks=options.zero_closed_blocks,
+            overwrite=options.overwrite,
+        )
+        return 0
+
+    return _run(process)
+
+
+def test_composer_hf_eq(argv: Sequence[str] | None = None) -> int:
+    """Compare a Hugging Face model with a checkpoint; the exit status is 0 where they agree."""
+    parser = _parser(
+        "test_composer_hf_eq",
+        "Compare the log-probabilities and the tensors of a Hugging Face model and a Composer checkpoint.",
+        "meta-llama/Llama-2-7b-hf models/Llama-2-7b-composer/state_dict.pt",
+    )
+    parser.add_argument("hf", help="Hugging Face directory or name")
+    parser.add_argument("checkpoint", help="checkpoint file, or its directory")
+    parser.add_argument("--sequences", type=int, default=8, help="random sequences (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens in each (%(default)s)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="nats, in float32 (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the token ids (%(default)s)")
+    options = vars(parser.parse_args(argv))
+
+    def test() -> int:
+        result = compare(options.pop("hf"), options.pop("checkpoint"), **options)
+        log.info("tensors: %d of %d are equal bit by bit", result.tensors - len(result.unequal), result.tensors)
+        for name in result.unequal[:8]:
+            log.info("  differs: %s", name)
+        verdict = "PASS" if result.passed else "FAIL"
+        log.info(
+            "%s: largest difference of a log-probability %.3g nats (tolerance %g), %d sequences of %d tokens",
+            *(verdict, result.max_difference, result.tolerance, options["sequences"], options["length"]),
+        )
+        return 0 if result.passed else 1
+
+    return _run(test)
+
+
+def _parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    command = f"python3 -m llmshearing.utils.{name}"
+    lines = "\n".join(f"  {command} {example}" for example in examples.splitlines())
+    return argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _run(command: Callable[[], int]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return command()
+    except (ShearingError, OSError) as error:
+        log.error("error: %s", error)
+        return 1

@@ -1,0 +1,91 @@
+"""Whether two models are the same function: full log-probabilities at every position, and every tensor.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import trange
+from transformers import PreTrainedModel
+
+from llmshearing.checkpoint import read_checkpoint
+from llmshearing.convert.export import refuse_masks
+from llmshearing.convert.hf import build_model, load_hf_model
+from llmshearing.errors import ShearingError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models have in common."""
+
+    max_difference: float
+    """Largest absolute difference of any log-probability, in nats; inf where one is NaN."""
+    unequal: list[str]
+    """Tensors whose values or dtypes differ, or that only one side has."""
+    tensors: int
+    """Tensors of the Hugging Face model."""
+    tolerance: float
+    """In nats."""
+
+    @property
+    def passed(self) -> bool:
+        return self.max_difference <= self.tolerance
+
+
+def compare(
+    hf: Path | str,
+    checkpoint: Path | str,
+    *,
+    sequences: int = 8,
+    length: int = 128,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a Hugging Face model and a checkpoint on random token ids, in float32.
+
+    Args:
+        sequences, length: how many sequences of how many tokens. tolerance: in nats.
+
+    Raises:
+        ShearingError: either cannot be read, or their vocabularies differ.
+    """
+    stored = read_checkpoint(checkpoint)
+    refuse_masks(stored)
+    source = load_hf_model(hf)
+    unequal = _unequal(source.state_dict(), stored.weights)
+    first, second = source.float().eval(), build_model(stored.weights, stored.info.config, torch.float32)
+    sizes = first.config.vocab_size, second.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ShearingError(f"vocab_size of {hf} is {sizes[0]}, of {checkpoint} {sizes[1]}: they cannot be compared")
+    generator = torch.Generator().manual_seed(seed)
+    length = min(length, first.config.max_position_embeddings)
+    worst = 0.0
+    for _ in trange(sequences, desc="comparing", unit="sequence"):
+        ids = torch.randint(sizes[0], (1, length), generator=generator)
+        difference = (_log_probabilities(first, ids) - _log_probabilities(second, ids)).abs().max().item()
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
+    return Comparison(worst, unequal, len(source.state_dict()), tolerance)
+
+
+@torch.no_grad()
+def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[1, T] -> [1, T, V]."""
+    return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+
+
+def _unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    names = one.keys() | other.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in one
+        or name not in other
+        or one[name].dtype != other[name].dtype
+        or not torch.equal(one[name], other[name])
+    )

@@ -1,0 +1,188 @@
+"""Hugging Face models out: checkpoint, or weights and config -> a directory for `AutoModelForCausalLM`.
+
+Tensors pass bit by bit: no dtype changes unless one is asked for. Tied tensors are written once, under the name that
+the table says they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PretrainedConfig
+
+from llmshearing.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
+from llmshearing.convert.arguments import LABEL
+from llmshearing.convert.card import model_card, tokenizer_of
+from llmshearing.convert.hf import DTYPES, SETTABLE, check_given, looks_local, model_class
+from llmshearing.convert.output import TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+
+log = logging.getLogger(__name__)
+
+SHARD_NAMES = "model{suffix}.safetensors"
+
+
+def checkpoint_to_hf(
+    path: Path | str,
+    output: Path | str,
+    given: Mapping[str, Any] | None = None,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Composer checkpoint -> Hugging Face directory.
+
+    Args:
+        given: facts to check against the checkpoint (hidden_size, ...); or model_class, dtype (float32, float16,
+            bfloat16; default: as stored), tokenizer (directory, file or name), _name_or_path (the model's name).
+
+    Raises:
+        ShearingError: a fact is wrong or a key unknown; the checkpoint still has masks; the output is not empty.
+    """
+    output, given = Path(output), dict(given or {})
+    check_directory(output, overwrite)
+    foreign = {key: value for key, value in given.items() if key not in (*SETTABLE, LABEL)}
+    checkpoint = read_checkpoint(path, foreign=foreign)
+    refuse_masks(checkpoint)
+    info, config = checkpoint.info, checkpoint.info.config
+    check_given(given, config, str(checkpoint.path))
+    config.architectures = [given.get("model_class") or model_class(config)]
+    config.name_or_path = str(given.get(LABEL) or config.name_or_path)
+    tokenizer = given.get("tokenizer")
+    return write_hf_directory(
+        checkpoint.weights,
+        config,
+        output,
+        dtype=given.get("dtype"),
+        tokenizer=tokenizer if tokenizer is not None else tokenizer_of(info),
+        tokenizer_required=tokenizer is not None,
+        card=model_card(info, name=str(given.get(LABEL) or output.resolve().name)),
+        generation_config=info.generation_config,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+
+
+def refuse_masks(checkpoint: Checkpoint) -> None:
+    """An unfolded model is not the model that its masks mean."""
+    if checkpoint.masks or checkpoint.info.masks:
+        raise ShearingError(
+            f"{checkpoint.path} still has its pruning masks; fold it first:\n  python3 -m "
+            f"llmshearing.utils.post_pruning_processing prune_and_save_model {checkpoint.path}"
+        )
+
+
+def write_hf_directory(
+    weights: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    directory: Path | str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Path | str | None = None,
+    tokenizer_required: bool = True,
+    card: str | None = None,
+    generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write what `AutoModelForCausalLM.from_pretrained` loads, under a temporary name, then rename.
+
+    Args:
+        weights: every tensor of the model by its name in transformers.
+        dtype: None keeps each tensor's. tokenizer: directory, file, or name on the hub; None writes none and warns.
+        tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
+        card: text of README.md. generation_config: None makes one from the config.
+
+    Raises:
+        ShearingError: tensors and config disagree; the directory has something in it; the tokenizer cannot be loaded.
+    """
+    directory, config = Path(directory), type(config).from_dict(config.to_dict())
+    table = table_for(config)
+    table.check({name: tuple(value.shape) for name, value in weights.items()})
+    wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    once = {name: weights[name] for name, spec, _ in table.instances() if spec.alias is None}
+    config.dtype = wanted or Counter(value.dtype for value in once.values()).most_common(1)[0][0]
+    config.architectures = config.architectures or [model_class(config)]
+    config.head_dim = table.config_axes["num_attention_heads"][1]
+    with new_directory(directory, overwrite) as folder:
+        _write_shards(once, folder, wanted, max_shard_size)
+        config.save_pretrained(folder)
+        _generation(generation_config, config).save_pretrained(folder)
+        _tokenizer(tokenizer, tokenizer_required, folder, directory)
+        (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
+    log.info("wrote a %s (%s parameters) to %s", config.architectures[0], f"{table.count():,}", directory)
+    return directory
+
+
+def _write_shards(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
+    """safetensors files of at most ``max_shard_size``; only one shard at a time is in memory."""
+    sizes = {name: value.to("meta", dtype or value.dtype) for name, value in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, filename_pattern=SHARD_NAMES, max_shard_size=max_shard_size)
+    with tqdm(total=len(weights), desc="writing", unit="tensor") as bar:
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: weights[name].detach().to("cpu", dtype or weights[name].dtype) for name in names}
+            save_file({name: _unshared(value) for name, value in shard.items()}, folder / file, {"format": "pt"})
+            bar.update(len(names))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _unshared(value: Tensor) -> Tensor:
+    """Contiguous, and alone in its storage, as safetensors wants it."""
+    value = value.contiguous()
+    return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+
+
+def _generation(given: GenerationConfig | Mapping[str, Any] | None, config: PretrainedConfig) -> GenerationConfig:
+    if given is None:
+        return GenerationConfig.from_model_config(config)
+    return given if isinstance(given, GenerationConfig) else GenerationConfig.from_dict(dict(given))
+
+
+def _tokenizer(tokenizer: Path | str | None, required: bool, folder: Path, directory: Path) -> None:
+    reason = "none is known"
+    if tokenizer is not None:
+        try:
+            return copy_tokenizer(tokenizer, folder)
+        except ShearingError as error:
+            if required:
+                raise
+            reason = str(error)
+    log.warning("warning: %s has no tokenizer (tokenizer=DIR adds one): %s", directory, reason)
+
+
+def copy_tokenizer(tokenizer: Path | str, folder: Path) -> None:
+    """Files of a tokenizer, as they are: of a directory, beside a file, or of a name on the hub.
+
+    Raises:
+        ShearingError: there is no tokenizer.
+    """
+    path = Path(tokenizer)
+    if path.exists():
+        source = path if path.is_dir() else path.parent
+        files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+        if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+            raise ShearingError(f"tokenizer {path}: there is no tokenizer.json, tokenizer.model or vocab.json")
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        return
+    if looks_local(tokenizer):
+        raise ShearingError(f"tokenizer {tokenizer} does not exist")
+    try:
+        transformers.AutoTokenizer.from_pretrained(str(tokenizer)).save_pretrained(folder)
+    except Exception as error:  # the hub raises many kinds
+        raise ShearingError(f"tokenizer {tokenizer} cannot be loaded: {error}") from error

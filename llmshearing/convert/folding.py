@@ -1,0 +1,149 @@
+"""After pruning: the compact model of a checkpoint with masks.
+
+masks -> deterministic gates -> selection -> fold, tensor by tensor -> checkpoint without masks
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llmshearing.axes import Selection, Table, check_foldable, fold_lazily, folded_shape
+from llmshearing.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
+from llmshearing.convert.arguments import check_facts
+from llmshearing.convert.output import check_file
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+from llmshearing.masks import hard_concrete
+from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
+from llmshearing.selection_io import save_selection
+
+log = logging.getLogger(__name__)
+
+
+def final_gates(masks: L0Masks, uniform: bool = False) -> dict[str, Tensor]:
+    """Gates to fold with: of exactly the target shape, or, where there is none, sized by the masks.
+
+    uniform: with sizes by the masks, give every kept layer the rounded mean of the kept layers' sizes.
+    """
+    if masks.target is not None:
+        return masks.deterministic(to_target=True)
+    gates = masks.deterministic(to_target=False)
+    kept = masks.selection(gates).kept_layers(masks.table.layers)
+    for kind in gates if uniform and kept else ():
+        if kind not in BLOCK_KINDS and masks.table.kinds[kind].rows is not None:
+            sizes = masks.rows(kind, gates[kind])[kept].ne(0).sum(-1)  # [kept layers, rows]
+            size = max(1, round(sizes.double().mean().item()))
+            log_alpha = masks.log_alpha[kind].detach()
+            gates[kind] = hard_concrete.deterministic(masks.rows(kind, log_alpha), size).reshape(log_alpha.shape)
+    return gates
+
+
+def final_selection(
+    masks: L0Masks, *, uniform: bool = False, zero_closed_blocks: bool = False, round_to: int = 1
+) -> Selection:
+    """The selection that a pruning run ends in, checked to fold to one uniform shape: the target, where there is one.
+
+    round_to: without a target, sizes are rounded up to a multiple of it, as in training.
+
+    Raises:
+        ShearingError: naming the layers or sizes that stand against it.
+    """
+    selection = masks.selection(final_gates(masks, uniform), 1 if masks.target is not None else round_to)
+    if not zero_closed_blocks:
+        check_foldable(masks.table, selection)
+    try:
+        shape = folded_shape(masks.table, selection)
+    except ShearingError as error:
+        raise ShearingError(f"{error}. --uniform gives every layer the mean size") from error
+    _check_shape(masks, shape, zero_closed_blocks)
+    return selection
+
+
+def _check_shape(masks: L0Masks, shape: Mapping[str, int], zero_closed_blocks: bool) -> None:
+    problems = [f"{key} would be 0" for key, size in shape.items() if size == 0]
+    units = masks.table.units(shape)
+    for kind, target in (masks.target or {}).items():
+        size = shape[masks.table.layers_key] if kind in BLOCK_KINDS else units[kind]
+        if size != target and not (kind in BLOCK_KINDS and zero_closed_blocks):
+            problems.append(f"mask {kind!r} keeps {size}, its target is {target}")
+    if problems:
+        raise ShearingError("the masks do not fold to a model: " + "; ".join(problems))
+
+
+def fold_checkpoint(
+    checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False
+) -> tuple[dict[str, Tensor], CheckpointInfo, Selection]:
+    """Weights and description of the compact model, and the selection that made it.
+
+    Raises:
+        ShearingError: no masks, or masks that fold to no uniform model.
+    """
+    masks = load_masks(checkpoint)
+    round_to = (checkpoint.info.masks or {}).get("round_to", 1)
+    selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks, round_to=round_to)
+    shape = folded_shape(masks.table, selection)
+    makers = list(fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks))
+    with torch.no_grad():
+        weights = {name: make() for name, make in tqdm(makers, desc="folding", unit="tensor")}
+    config = {**checkpoint.info.hf_config, **shape, **_head_dim(masks.table)}
+    done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
+    info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
+    _table(info).check({name: tuple(value.shape) for name, value in weights.items()})
+    return weights, info, selection
+
+
+def _head_dim(table: Table) -> dict[str, int]:
+    """Never cut, and no longer hidden / heads: written out."""
+    return {"head_dim": table.config_axes["num_attention_heads"][1]}
+
+
+def _table(info: CheckpointInfo) -> Table:
+    return table_for(info.config)
+
+
+def _describe(shape: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} {size}" for key, size in shape.items())
+
+
+def prune_and_save_model(
+    path: Path | str,
+    output: Path | str | None = None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    uniform: bool = False,
+    zero_closed_blocks: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Fold a pruning run's checkpoint and save it (and, beside it, the selection).
+
+    Args:
+        path: checkpoint file, or a directory with `latest-rank0.pt`.
+        output: default `pruned-<name of the checkpoint>` in the same directory.
+        given: facts about the compact model's config, to be checked.
+        uniform, zero_closed_blocks: see :func:`final_gates` and :func:`llmshearing.axes.fold_lazily`.
+        overwrite: replace an output that exists.
+
+    Raises:
+        ShearingError: as in :func:`fold_checkpoint`; the output exists; or a stated fact is wrong.
+    """
+    checkpoint = read_checkpoint(path)
+    target = Path(output) if output is not None else checkpoint.path.with_name(f"pruned-{checkpoint.path.name}")
+    check_file(target, overwrite)
+    weights, info, selection = fold_checkpoint(checkpoint, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
+    check_facts(given or {}, info.hf_config, f"the model that {checkpoint.path} folds to")
+    save_checkpoint(target, weights, info)
+    chosen = save_selection(target.with_suffix(".selection.safetensors"), selection, {"history": info.history})
+    source, folded = checkpoint.table, _table(info)
+    log.info("source  %s: %s parameters", _describe(source.shape()), f"{source.count():,}")
+    log.info("folded  %s: %s parameters", _describe(folded.shape()), f"{folded.count():,}")
+    log.info("wrote the selection to %s", chosen)
+    log.info("wrote the folded model (%s -> %s parameters) to %s", f"{source.count():,}", f"{folded.count():,}", target)
+    return target

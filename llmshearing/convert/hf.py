@@ -1,0 +1,133 @@
+"""Hugging Face models in: a directory or name -> weights by name and a config -> checkpoint. Strict, no remote code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
+from llmshearing.convert.arguments import check_facts
+from llmshearing.convert.output import check_file
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Keys of the command line that set something; every other one states a fact, which is checked.
+SETTABLE = ("model_class", "dtype", "tokenizer")
+
+
+def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal LM of transformers on the CPU, strictly and without remote code. dtype: "auto" is the model's own.
+
+    Raises:
+        ShearingError: it cannot be loaded, or its tensors are not exactly those of its config.
+    """
+    if looks_local(name) and not (Path(name) / "config.json").is_file():
+        raise ShearingError(f"{name} is no Hugging Face directory: it has no config.json")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds for broken or absent models
+        raise ShearingError(f"Hugging Face model {name} cannot be loaded: {error}") from error
+    _check_report(str(name), report)
+    return model
+
+
+def load_hf_weights(name: Path | str) -> tuple[dict[str, Tensor], PretrainedConfig]:
+    """Tensors by name and config of a Hugging Face model, checked against its family's table; errors as above."""
+    model = load_hf_model(name)
+    return _state_dict(model), model.config
+
+
+def build_model(
+    weights: Mapping[str, Tensor], config: PretrainedConfig, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """The transformers model with these weights, strictly; "auto": the weights' dtype."""
+    named = getattr(transformers, model_class(config))
+    wanted = next(iter(weights.values())).dtype if dtype == "auto" else dtype
+    model, report = named.from_pretrained(
+        None, config=config, state_dict=dict(weights), dtype=wanted, output_loading_info=True
+    )
+    _check_report(type(model).__name__, report)
+    return model.eval()
+
+
+def hf_to_checkpoint(
+    name: Path | str, output: Path | str, given: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> Path:
+    """Hugging Face directory or name -> checkpoint in Composer's layout. given: facts to check; ``tokenizer`` sets."""
+    output, given = Path(output), given or {}
+    check_file(output, overwrite)
+    model = load_hf_model(name)
+    check_given(given, model.config, str(name))
+    where = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    info = CheckpointInfo(
+        hf_config=_plain(model.config),
+        tokenizer=str(given.get("tokenizer") or where),
+        history=[f"converted from the Hugging Face model {where}"],
+        generation_config=model.generation_config.to_dict() if model.generation_config is not None else None,
+    )
+    save_checkpoint(output, _state_dict(model), info)
+    count = table_for(model.config).count()
+    log.info("wrote %s (%s parameters, Composer's keys) to %s", where, f"{count:,}", output)
+    return output
+
+
+def looks_local(name: Path | str) -> bool:
+    """Whether to look for a directory only: a name on the hub is at most owner/name, and no such path exists here."""
+    text = str(name)
+    return isinstance(name, Path) or Path(text).exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+
+
+def _check_report(name: str, report: Mapping[str, Any]) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := [str(item) for item in report.get(kind) or ()]:
+            problems.append(f"{kind.replace('_', ' ')}: {', '.join(sorted(found)[:8])} ({len(found)} in all)")
+    if problems:
+        raise ShearingError(f"{name}: tensors and config do not belong together: " + "; ".join(problems))
+
+
+def _state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    table_for(model.config).check({name: tuple(value.shape) for name, value in weights.items()})
+    return weights
+
+
+def _plain(config: PretrainedConfig) -> dict[str, Any]:
+    """A config as JSON would keep it; torch dtypes become names."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) -> None:
+    """Check the command line's facts, dtype and model_class against a config.
+
+    Raises:
+        ShearingError: naming every unknown key, and every contradiction with both values.
+    """
+    facts = config.to_dict()
+    facts.pop("dtype", None)  # dtype= sets what is written
+    check_facts(given, facts, where, SETTABLE)
+    dtype, name = given.get("dtype"), given.get("model_class")
+    if dtype is not None and dtype not in DTYPES:
+        raise ShearingError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
+    if name is not None and getattr(getattr(transformers, str(name), None), "config_class", None) is not type(config):
+        raise ShearingError(f"model_class={name}: {where} is of {model_class(config)}")
+
+
+def model_class(config: PretrainedConfig) -> str:
+    """Name of the class that the config asks for, else of its model type's causal LM."""
+    named = (config.architectures or [None])[0]
+    return named if named and hasattr(transformers, named) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]

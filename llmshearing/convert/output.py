@@ -1,0 +1,67 @@
+"""Where results go: nothing foreign is overwritten, nothing half-written is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmshearing.errors import ShearingError
+
+# Tokenizer files of transformers; they are copied as they are.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json")
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuse an output file that exists (unless ``overwrite``) or cannot be one."""
+    if path.is_dir():
+        raise ShearingError(f"output {path} is a directory; give the name of a file")
+    if path.exists() and not overwrite:
+        raise ShearingError(f"output {path} exists; give another name, or --overwrite to replace it")
+
+
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Refuse an output directory with anything in it; with ``overwrite``, with anything that is not our export."""
+    if path.exists() and not path.is_dir():
+        raise ShearingError(f"output {path} is a file; give the name of a directory")
+    names = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in names if not (_OURS.fullmatch(name) or name in TOKENIZER_FILES or name == "README.md")]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ShearingError(f"output {path} exists with something else in it: {', '.join(foreign[:3])}{more}")
+    if names and not overwrite:
+        raise ShearingError(f"output {path} exists and holds a model; give another name, or --overwrite to replace it")
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the name ``path`` when all went well."""
+    check_directory(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The commands that users of the predecessor type: `python3 -m llmshearing.utils.<name>`."""

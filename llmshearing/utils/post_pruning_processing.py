@@ -1,0 +1,8 @@
+"""Fold the checkpoint of a pruning run; see `--help`."""
+
+import sys
+
+from llmshearing.convert.cli import post_pruning_processing
+
+if __name__ == "__main__":
+    sys.exit(post_pruning_processing())
