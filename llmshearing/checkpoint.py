@@ -194,9 +194,11 @@ def _load(file: Path, verify: bool) -> Any:
 
 def _plain_types() -> list[Any]:
     """The types beyond torch's own list in Composer's files: RNG and timestamps. None of them runs code."""
-    reconstruct = np.zeros(1).__reduce__()[0]  # its module moved between numpy 1 and 2
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
+    # Its module moved between numpy 1 and 2: files of either load.
+    arrays = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     dtypes = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SUO"]
-    return [reconstruct, np.ndarray, np.dtype, *dtypes, datetime.timedelta, torch.torch_version.TorchVersion]
+    return [*arrays, np.ndarray, np.dtype, *dtypes, datetime.timedelta, torch.torch_version.TorchVersion]
 
 
 def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:

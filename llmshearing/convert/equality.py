@@ -1,6 +1,6 @@
 """Whether two models are the same function: full log-probabilities at every position, and every tensor.
 
-Shape legend: T tokens, V vocabulary.
+Shape legend: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from llmshearing.checkpoint import read_checkpoint
 from llmshearing.convert.export import refuse_masks
 from llmshearing.convert.hf import build_model, load_hf_model
 from llmshearing.errors import ShearingError
+
+BATCH = 4  # sequences at once: two [B, T, V] in float32 are the largest tensors
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def compare(
         sequences, length: how many sequences of how many tokens. tolerance: in nats.
 
     Raises:
-        ShearingError: either cannot be read, or their vocabularies differ.
+        ShearingError: either cannot be read, their vocabularies differ, or nothing would be compared.
     """
+    if sequences < 1 or length < 1:
+        raise ShearingError(f"sequences={sequences} of length={length} compare nothing; both must be at least 1")
     stored = read_checkpoint(checkpoint)
     refuse_masks(stored)
     source = load_hf_model(hf)
@@ -66,8 +70,8 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     length = min(length, first.config.max_position_embeddings)
     worst = 0.0
-    for _ in trange(sequences, desc="comparing", unit="sequence"):
-        ids = torch.randint(sizes[0], (1, length), generator=generator)
+    for start in trange(0, sequences, BATCH, desc="comparing", unit="batch"):
+        ids = torch.randint(sizes[0], (min(BATCH, sequences - start), length), generator=generator)
         difference = (_log_probabilities(first, ids) - _log_probabilities(second, ids)).abs().max().item()
         worst = max(worst, math.inf if math.isnan(difference) else difference)
     return Comparison(worst, unequal, len(source.state_dict()), tolerance)
@@ -75,7 +79,7 @@ def compare(
 
 @torch.no_grad()
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[1, T] -> [1, T, V]."""
+    """[B, T] -> [B, T, V]."""
     return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
 
 

@@ -123,6 +123,8 @@ def write_hf_directory(
         _generation(generation_config, config).save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
         (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
+        for file in folder.glob("*.safetensors"):  # safetensors makes files that their owner alone may read
+            shutil.copymode(folder / "README.md", file)
     log.info("wrote a %s (%s parameters) to %s", config.architectures[0], f"{table.count():,}", directory)
     return directory
 

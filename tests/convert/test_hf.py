@@ -92,6 +92,7 @@ def test_comparison_sees_a_difference_in_one_value(tmp_path: Path, source: Path,
     file = save_checkpoint(tmp_path / "x.pt", weights, CheckpointInfo(config.to_dict()))
     result = main("test_composer_hf_eq", source, file, "--sequences", "2", "--length", "16")
     assert result.returncode == 1
+    assert "at least 1" in main("test_composer_hf_eq", source, file, "--sequences", "0").stderr
     assert "FAIL" in result.stderr and "differs: model.layers.1.mlp.up_proj.weight" in result.stderr
 
 
