@@ -12,7 +12,6 @@ Shape legend: B batch, T tokens, d open hidden units.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -138,9 +137,15 @@ class _ZeroGradients(torch.autograd.Function):
         return (gradient, *zeros)
 
 
-@cache
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
 def _subclass(mixin: type, original: type) -> type:
-    return type(f"Gated{original.__name__}", (mixin, original), {})
+    """The gated form of a class; one for all modules, so that isinstance and compilation see one type."""
+    key = (mixin, original)
+    if key not in _SUBCLASSES:
+        _SUBCLASSES[key] = type(f"Gated{original.__name__}", key, {})
+    return _SUBCLASSES[key]
 
 
 def _gated_class(module: nn.Module, name: str) -> type:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from llmshearing.axes import Table
 from llmshearing.checkpoint import Checkpoint, read_checkpoint
 from llmshearing.config import Config, Shape, head_mode, source_shape, target_problems, target_shape
+from llmshearing.convert.hf import load_hf_model
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
@@ -65,7 +66,7 @@ def _is_checkpoint(path: str) -> bool:
 
 def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
     if checkpoint is not None:
-        return checkpoint.config()
+        return checkpoint.info.config
     if (Path(cfg.model.path) / "config.json").is_file():
         config = AutoConfig.from_pretrained(cfg.model.path)
     elif (shape := source_shape(cfg)) is not None:
@@ -103,22 +104,11 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         model.load_state_dict(source.checkpoint.weights, strict=True)
     else:
-        model = _from_directory(cfg.model.path)
+        model = load_hf_model(cfg.model.path, torch.float32)
     model.set_attn_implementation(_causal(attention, source.config))
     if cfg.model.activation_checkpointing:
         # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def _from_directory(path: str) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ShearingError(f"model.path = {path}: its weights cannot be loaded: {error}") from None
-    problems = [f"{key}: {sorted(names)}" for key, names in report.items() if names]
-    if problems:
-        raise ShearingError(f"model.path = {path}: weights do not match its config: " + "; ".join(problems))
     return model
 
 

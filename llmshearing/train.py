@@ -108,8 +108,12 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
     if masks is not None and cfg.model.l0_module is not None:
         to_target = cfg.model.l0_module.eval_target_model
         ours.append(PruningCallback(masks, to_target, folder / "gates" if folder else None))
-    options = {"update_type": d.update_type, "eta": d.eta, "c": d.c, "clamp_excess": d.clamp_excess}
-    ours.append(DynamicLoadingCallback(dataset, d.target_loss, dynamic=d.dynamic, **options))
+    ours.append(
+        DynamicLoadingCallback(
+            dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
+            clamp_excess=d.clamp_excess,
+        )  # fmt: skip
+    )
     wanted = {name: getattr(cfg.callbacks, name) for name in MONITORS}
     return ours + [MONITORS[name](**options) for name, options in wanted.items() if options is not None]
 
@@ -131,17 +135,24 @@ def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def run_info(cfg: Config, source: Source, masks: L0Masks | None) -> dict[str, Any]:
+def run_info(
+    cfg: Config, source: Source, masks: L0Masks | None, generation_config: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the run's checkpoints say of themselves."""
-    history = list(source.checkpoint.info.history) if source.checkpoint is not None else []
+    before = source.checkpoint.info if source.checkpoint is not None else None
+    directory = cfg.model.path if before is None else before.tokenizer
     step = "pruned" if masks is not None else "continued pretraining"
     name = f" ({cfg.run_name})" if cfg.run_name else ""
     return {
         "hf_config": source.config.to_dict(),
         "masks": mask_info(masks, source.head_mode),
         "run_config": to_yaml(cfg),
-        "tokenizer": cfg.tokenizer_name,
-        "history": [*history, f"{step} from {cfg.model.path} for {cfg.max_duration}{name}"],
+        "tokenizer": cfg.tokenizer_name or directory,
+        "history": [
+            *(before.history if before is not None else []),
+            f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
+        ],
+        "generation_config": before.generation_config if before is not None else generation_config,
     }
 
 
@@ -206,7 +217,8 @@ def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
     )
-    info = run_info(cfg, source, masks)
+    generation = getattr(hf_model, "generation_config", None)
+    info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
     return Trainer(
         model=model,
         train_dataloader=train,

@@ -17,7 +17,8 @@ LAYERS = [
     {"gating", "selection_io"},
     {"model", "data", "pruners"},
     {"checkpoint"},
-    {"callbacks", "source", "convert"},
+    {"callbacks", "convert"},
+    {"source", "evaluation"},
     {"train"},
     {"utils"},
 ]

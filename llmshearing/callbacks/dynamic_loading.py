@@ -36,7 +36,7 @@ class DynamicLoadingCallback(Callback):
     ) -> None:
         self.dataset, self.target_loss = dataset, target_loss
         self.dynamic, self.update_type = dynamic, update_type
-        self.options = {"eta": eta, "c": c, "clamp_excess": clamp_excess}
+        self.eta, self.c, self.clamp_excess = eta, c, clamp_excess
         # A domain without a sample in an evaluation keeps its last loss.
         self.losses: list[float] = [math.nan] * len(dataset.set_names)
 
@@ -46,7 +46,8 @@ class DynamicLoadingCallback(Callback):
         self.losses = [old if math.isnan(new) else new for old, new in zip(self.losses, now, strict=True)]
         if self.dynamic and self.update_type != "constant" and self.target_loss is not None:
             proportion = update_proportion(
-                self.update_type, self.dataset.proportion, self.losses, self.target_loss, **self.options
+                self.update_type, self.dataset.proportion, self.losses, self.target_loss,
+                eta=self.eta, c=self.c, clamp_excess=self.clamp_excess,
             )
             self.dataset.set_proportion(proportion)
         logger.log_metrics(self._metrics())

@@ -69,7 +69,7 @@ class L0Module:
     seed: int = count(II("seed"), low=0)
     """Seed of the masks' noise."""
     round_to: int = count(1)
-    """With `target_sparsity`: sizes are rounded to a multiple of this many units."""
+    """In training, open units are rounded up to a multiple of this many (GPU tiles); the extra ones have gate 0."""
 
 
 @dataclass

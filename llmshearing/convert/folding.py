@@ -46,17 +46,13 @@ def final_gates(masks: L0Masks, uniform: bool = False) -> dict[str, Tensor]:
     return gates
 
 
-def final_selection(
-    masks: L0Masks, *, uniform: bool = False, zero_closed_blocks: bool = False, round_to: int = 1
-) -> Selection:
+def final_selection(masks: L0Masks, *, uniform: bool = False, zero_closed_blocks: bool = False) -> Selection:
     """The selection that a pruning run ends in, checked to fold to one uniform shape: the target, where there is one.
-
-    round_to: without a target, sizes are rounded up to a multiple of it, as in training.
 
     Raises:
         ShearingError: naming the layers or sizes that stand against it.
     """
-    selection = masks.selection(final_gates(masks, uniform), 1 if masks.target is not None else round_to)
+    selection = masks.selection(final_gates(masks, uniform))
     if not zero_closed_blocks:
         check_foldable(masks.table, selection)
     try:
@@ -87,8 +83,7 @@ def fold_checkpoint(
         ShearingError: no masks, or masks that fold to no uniform model.
     """
     masks = load_masks(checkpoint)
-    round_to = (checkpoint.info.masks or {}).get("round_to", 1)
-    selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks, round_to=round_to)
+    selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
     shape = folded_shape(masks.table, selection)
     makers = list(fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks))
     with torch.no_grad():

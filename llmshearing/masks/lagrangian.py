@@ -10,6 +10,8 @@ Sheared LLaMA, arXiv:2310.06694).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,11 @@ class _Ascend(torch.autograd.Function):
     """Identity whose gradient changes sign: a descending optimizer then ascends."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return -gradient
 
 
