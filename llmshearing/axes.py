@@ -291,8 +291,10 @@ def fold_lazily(
         zero_closed_blocks: a closed block of a kept layer becomes zeros (exact, but saves nothing) instead of an error.
 
     Raises:
-        ShearingError: a kept layer has a closed block (the layer is named), which no uniform model can leave out.
+        ShearingError: the selection is of another model (:func:`check_selection`), or a kept layer has a closed block
+            (the layer is named), which no uniform model can leave out.
     """
+    check_selection(table, selection)
     if not zero_closed_blocks:
         check_foldable(table, selection)
     new_number = {layer: new for new, layer in enumerate(selection.kept_layers(table.layers))}
@@ -313,6 +315,40 @@ def fold_lazily(
         if layer is None or layer in new_number:
             new_name = spec.name.format(layer=None if layer is None else new_number[layer])
             yield new_name, partial(make, name, spec)
+
+
+def check_selection(table: Table, selection: Selection) -> None:
+    """Refuse a selection that is not one of this table's model, such as one that was read from another model's file.
+
+    Raises:
+        ShearingError: naming each kind, row or block that is unknown, of the wrong length, out of order or out of
+            range, and layers whose KV groups keep unequal numbers of query heads (these would pair with wrong keys).
+    """
+    problems = []
+    for kind, rows in selection.units.items():
+        if kind not in table.kinds:
+            problems.append(f"{kind!r} is no kind of the {table.family} family ({', '.join(table.kinds)})")
+        elif len(rows) != (want := 1 if table.kinds[kind].rows is None else table.layers):
+            problems.append(f"{kind}: units of {len(rows)} layers, the model needs {want}")
+        else:
+            problems += [
+                f"{kind}, row {row}: {say}" for row, u in enumerate(rows) for say in _problems(table.kinds[kind], u)
+            ]
+    for block, gate in selection.blocks.items():
+        if block not in BLOCKS or gate.shape != (table.layers,):
+            problems.append(f"block {block!r}: shape {list(gate.shape)}; there are {BLOCKS}, of {table.layers} layers")
+    if problems:
+        raise ShearingError("the selection does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _problems(kind: Kind, units: Units) -> Iterator[str]:
+    index, size = units.index.tolist(), kind.size * (kind.rows or 1)
+    if index != sorted(set(index)) or any(not 0 <= i < size for i in index):
+        yield f"its units must ascend, each once, within 0 to {size - 1}"
+    elif units.gate is not None and units.gate.shape != units.index.shape:
+        yield f"{len(units.gate)} gates for {len(index)} units"
+    elif len({sum(i // kind.size == row for i in index) for row in range(kind.rows or 1)}) > 1:
+        yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 
 
 def check_foldable(table: Table, selection: Selection) -> None:

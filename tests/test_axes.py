@@ -259,3 +259,23 @@ def test_units_of_a_shape_are_the_targets_of_its_masks():
         {**shape, "num_attention_heads": 3, "num_key_value_heads": 3, "vocab_size": 23}
     )
     assert inside["head"] == 1
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (Selection({"heads": (Units(torch.arange(2)),)}), "'heads' is no kind of the llama family .*hidden, head"),
+        (Selection({"head": (Units(torch.arange(2)),)}), "head: units of 1 layers, the model needs 3"),
+        (Selection({"hidden": (Units(torch.tensor([3, 1])),)}), "hidden, row 0: its units must ascend"),
+        (Selection({"hidden": (Units(torch.tensor([1, 1])),)}), "must ascend, each once"),
+        (Selection({"hidden": (Units(torch.tensor([1, 12])),)}), "within 0 to 11"),
+        (Selection({"hidden": (Units(torch.arange(3), torch.ones(2)),)}), "2 gates for 3 units"),
+        (Selection({"head": (Units(torch.tensor([0, 1, 2])),) * 3}), "row 2: its 2 groups of 2 keep unequal numbers"),
+        (Selection(blocks={"mlp": torch.ones(4)}), r"block 'mlp': shape \[4\]"),
+        (Selection(blocks={"layer": torch.ones(3)}), "block 'layer'"),
+    ],
+)
+def test_fold_refuses_a_selection_of_another_model(selection, message):
+    config = tiny_config(num_key_value_heads=2)
+    with pytest.raises(ShearingError, match=message):
+        fold(dict(random_model(config).state_dict()), table_for(config, "query"), selection)

@@ -160,7 +160,7 @@ def test_training_reaches_the_target(target):
         {"params": [*masks.lambda_1.parameters(), *masks.lambda_2.parameters()]},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.0)
-    for step in range(1500):
+    for step in range(800):
         masks.step, masks.progress = step, step / 100
         gates = masks.sample()
         loss = sum(0.2 * (value[kind] * (1 - gate)).mean() for kind, gate in gates.items()) + masks.penalty()
