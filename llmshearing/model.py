@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from llmshearing.families import table_for
@@ -92,6 +93,11 @@ class ShearingModel(ComposerModel):
         self.masks = masks
         self.table = masks.table if masks is not None else table_for(model.config)
         self.gating = attach(model, self.table) if masks is not None else None
+        # FSDP (GPUs only, not measured yet): a unit per decoder layer; masks stay whole on every rank, and
+        # callbacks.shearing averages their gradients.
+        model.fsdp_wrap_fn = lambda module: isinstance(module, GradientCheckpointingLayer)
+        if masks is not None:
+            masks._fsdp_wrap = False  # type: ignore[assignment]
         self.eval_target_model, self.round_to, self.autocast = eval_target_model, round_to, autocast
         self.eval_losses = {
             "LanguageCrossEntropy": DomainLoss(domains),
