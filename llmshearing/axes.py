@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
+from llmshearing.gather import gate_and_gather_matrix
 
 BLOCKS = ("attention", "mlp")
 
@@ -252,22 +253,41 @@ class Table:
         return cuts
 
 
-def gate_and_gather(weight: Tensor, cut: Cut) -> Tensor:
+def gate_and_gather(weight: Tensor, cut: Cut, dtype: torch.dtype | None = None) -> Tensor:
     """Cut one tensor and multiply its gates in, differentiably.
 
     Args:
-        weight: any tensor; its *last* ``len(cut.parts)`` dimensions are the ones described.
+        weight: a vector or matrix; or, where ``cut`` has a single part, any tensor whose last dimension it describes.
+        dtype: of the result; None: the weight's.
     Returns:
         The smaller tensor; gradients reach the kept elements of ``weight`` (the others get zeros) and the gates.
     """
-    first = weight.dim() - len(cut.parts)
-    for dim, part in enumerate(cut.parts, start=first):
-        if part.index is not None and len(part.index) != weight.shape[dim]:
-            weight = weight.index_select(dim, part.index)
-    for dim, part in enumerate(cut.parts, start=first):
-        if part.gate is not None:
-            weight = weight * part.gate.to(weight.dtype).view(-1, *(1,) * (weight.dim() - dim - 1))
-    return weight if cut.scale is None else weight * cut.scale.to(weight.dtype)
+    rows = weight if weight.dim() == len(cut.parts) else weight.flatten(0, -2)
+    *row, column = [_operands(part, size, rows.dtype) for part, size in _sized(rows, cut)]
+    row_index, row_gate = row[0] if row else (None, None)
+    column_index, column_gate = column
+    if cut.scale is not None:
+        column_gate = _scaled(column_gate, cut.scale.to(rows.dtype), column_index, rows.shape[-1])
+    matrix = rows if rows.dim() == 2 else rows[None]
+    out = gate_and_gather_matrix(matrix, row_index, row_gate, column_index, column_gate, dtype or rows.dtype)
+    if weight.dim() == 1:
+        return out[0]
+    return out if weight.dim() == len(cut.parts) else out.unflatten(0, weight.shape[:-1])
+
+
+def _sized(rows: Tensor, cut: Cut) -> list[tuple[Part, int]]:
+    return list(zip(cut.parts, rows.shape[rows.dim() - len(cut.parts) :], strict=True))
+
+
+def _operands(part: Part, size: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Index and gate of a dimension; None where all stays, and where all gates are 1."""
+    whole = part.index is None or len(part.index) == size
+    return None if whole else part.index, None if part.gate is None else part.gate.to(dtype)
+
+
+def _scaled(gate: Tensor | None, scale: Tensor, index: Tensor | None, size: int) -> Tensor:
+    """The gates of a dimension, times a scalar."""
+    return gate * scale if gate is not None else scale.expand(size if index is None else len(index))
 
 
 def fold(

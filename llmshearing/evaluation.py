@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.data.loader import build_eval_dataloader
-from llmshearing.model import DomainLoss, token_losses
+from llmshearing.loss import token_losses
+from llmshearing.model import DomainLoss
 
 
 def eval_batches(

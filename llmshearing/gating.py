@@ -44,8 +44,12 @@ class Gating:
         self._cuts = {} if selection is None else self.table.resolve(selection)
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
-        """The tensor of this name as the folded model has it."""
-        return weight if self.selection is None else gate_and_gather(weight, self._cuts[name])
+        """The tensor of this name as the folded model has it, in the dtype of autocast where that is on."""
+        if self.selection is None:
+            return weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and weight.dim() == 2 else None
+        return gate_and_gather(weight, self._cuts[name], dtype)
 
     def apply_columns(self, name: str, values: Tensor) -> Tensor:
         """Rows that were looked up in the 2-D tensor of this name, as the folded model has them: [..., d]."""
@@ -95,7 +99,10 @@ class GatedRMSNorm(_Gated):
     def forward(self, hidden_states: Tensor) -> Tensor:
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)  # type: ignore[attr-defined]
-        return self.gated("weight") * (wide * scale).to(hidden_states.dtype)
+        normed = self.gated("weight") * (wide * scale).to(hidden_states.dtype)
+        # Several projections read this: under autocast, cast once here instead of once in each.
+        device = hidden_states.device.type
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
 
 
 class GatedAttention(_Gated):

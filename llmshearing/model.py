@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,18 +22,13 @@ from transformers.modeling_utils import AttentionInterface
 
 from llmshearing.families import table_for
 from llmshearing.gating import attach
+from llmshearing.loss import token_losses
 from llmshearing.masks.l0 import L0Masks
 
 # transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
 # which is what packed sequences without padding need.
 CAUSAL_SDPA = "causal_sdpa"
 AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
-
-
-def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Next-token cross-entropy, [B, T-1], in float32 or wider. logits: [B, T, V]; input_ids: [B, T]."""
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none").view(len(input_ids), -1)
 
 
 class DomainLoss(Metric):
@@ -92,7 +86,8 @@ class ShearingModel(ComposerModel):
         self.model = model
         self.masks = masks
         self.table = masks.table if masks is not None else table_for(model.config)
-        self.gating = attach(model, self.table) if masks is not None else None
+        # Without masks too: the norms are then the leaner ones of gating.py.
+        self.gating = attach(model, self.table)
         # FSDP (GPUs only, not measured yet): a unit per decoder layer; masks stay whole on every rank, and
         # callbacks.shearing averages their gradients.
         model.fsdp_wrap_fn = lambda module: isinstance(module, GradientCheckpointingLayer)
@@ -106,7 +101,7 @@ class ShearingModel(ComposerModel):
 
     def set_selection(self) -> None:
         """Gate the model for the next forward pass: sampled gates in training, deterministic ones in evaluation."""
-        if self.masks is None or self.gating is None:
+        if self.masks is None:
             return
         gates = self.masks.sample() if self.training else self.masks.deterministic(self.eval_target_model)
         self.gating.set(self.masks.selection(gates, self.round_to))

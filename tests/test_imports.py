@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors"},
-    {"config", "axes"},
+    {"errors", "gather"},
+    {"config", "axes", "loss"},
     {"families", "masks"},
     {"gating", "selection_io"},
     {"model", "data", "pruners"},

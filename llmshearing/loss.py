@@ -1,0 +1,55 @@
+"""Next-token cross-entropy that holds no float32 copy of the logits.
+
+    loss_t = logsumexp_v(logits_tv) - logits_t,label        d loss_t / d logits_tv = softmax_tv - [v = label]
+
+Both passes go over the logits [N, V] in chunks of rows: only one chunk at a time is widened to float32, so the largest
+tensors are the logits and their gradient in their own dtype. Shapes: B sequences, T tokens, N = B T, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**20
+"""Elements widened at a time: 4 MB of float32, about what a core's cache holds."""
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Per-row cross-entropy. logits: [N, V]; labels: int64 [N]; result: [N], float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        normaliser = torch.empty(len(logits), dtype=wide, device=logits.device)
+        chosen = logits.gather(1, labels[:, None]).squeeze(1).to(wide)
+        for rows in _chunks(logits):
+            normaliser[rows] = logits[rows].to(wide).logsumexp(-1)
+        ctx.save_for_backward(logits, labels, normaliser)
+        return normaliser - chosen
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, labels, normaliser = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            part = (logits[rows].to(normaliser.dtype) - normaliser[rows, None]).exp_()
+            part.scatter_add_(1, labels[rows, None], part.new_full((len(part), 1), -1.0))
+            result[rows] = part.mul_(gradient[rows, None])
+        return result, None
+
+
+def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Next-token cross-entropy, [B, T-1], in float32 or wider. logits: [B, T, V]; input_ids: [B, T]."""
+    batch, length = input_ids.shape
+    # The last position has no next token: it is computed with any label and dropped, which copies no logits.
+    labels = input_ids.roll(-1, dims=1)
+    losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
+    return losses.view(batch, length)[:, :-1]
