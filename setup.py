@@ -24,7 +24,7 @@ EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
-    "examples": ["gguf>=0.10"],
+    "examples": ["gguf>=0.17"],
     "dev": [
         "pytest>=8.2",
         "hypothesis>=6.100",
