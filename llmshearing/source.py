@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from llmshearing.axes import Table
 from llmshearing.checkpoint import Checkpoint, read_checkpoint
-from llmshearing.config import Config, Shape, head_mode, source_shape, target_problems, target_shape
+from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
 from llmshearing.convert.hf import load_hf_model
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
@@ -51,7 +52,7 @@ def read_source(cfg: Config) -> Source:
         )
     hf_config = _hf_config(cfg, checkpoint)
     shape = _shape_of(hf_config)
-    if problems := list(target_problems(cfg, shape)):
+    if problems := [*_disagreements(cfg, hf_config), *target_problems(cfg, shape)]:
         raise ShearingError("\n".join(problems))
     mode = head_mode(cfg, shape)
     target = None
@@ -86,6 +87,14 @@ def _from_hub(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ShearingError(f"model.path = {name}: no such directory, checkpoint or model: {error}") from None
+
+
+def _disagreements(cfg: Config, config: PretrainedConfig) -> Iterator[str]:
+    """Keys of the YAML that contradict a checkpoint; for a Hugging Face directory `load_config` has looked."""
+    for key, name in COMPARED.items():
+        ours, theirs = getattr(cfg.model, key), getattr(config, name, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            yield f"model.{key} = {ours}, but {cfg.model.path} has {name} = {theirs}; leave the key out"
 
 
 def _shape_of(config: PretrainedConfig) -> Shape:

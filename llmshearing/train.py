@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from composer import Trainer, algorithms, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
-from composer.utils import dist, get_device
+from composer.utils import dist, format_name_with_dist, get_device
 
 from llmshearing.callbacks.checkpoint_info import CheckpointInfo
 from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
@@ -203,6 +203,15 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     return options
 
 
+def check_load_path(cfg: Config) -> None:
+    """Refuse a checkpoint that is not there before anything is built; Composer tells it only after the model."""
+    if cfg.load_path is None or cfg.autoresume or "://" in cfg.load_path:
+        return
+    path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
+    if not path.is_file():
+        raise ShearingError(f"load_path = {path}: no such file; give a checkpoint of an earlier run, or leave it out")
+
+
 def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
     """Everything of a run, ready to fit."""
     masks = build_masks(source, cfg)
@@ -250,6 +259,7 @@ def train(cfg: Config) -> Trainer:
     Raises:
         ShearingError: the source, the data or their combination with the configuration is wrong.
     """
+    check_load_path(cfg)
     source = read_source(cfg)
     device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
     dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)
