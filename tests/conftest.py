@@ -39,6 +39,14 @@ def reference_vectors() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory):
+    """Corpus, tokenizer, tiny source model and prepared data for real runs; see `helpers_runs`."""
+    from helpers_runs import build_lab  # brings torch and Composer
+
+    return build_lab(tmp_path_factory.mktemp("lab"))
+
+
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
     """Two threads for torch, without importing it for tests that do not."""
