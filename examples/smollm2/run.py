@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from examples.quickstart.run import load, table
+from examples.quickstart.run import last_checkpoint, load, table
 from examples.smollm2.source import generate
 from llmshearing.config import Config, load_config
 from llmshearing.errors import ShearingError
@@ -66,12 +66,14 @@ def stages(out: Path) -> None:
         "--eos_token", SEPARATOR,
     )  # fmt: skip
     here = [f"data_local={data}", f"tokenizer_name={source}"]
-    checkpoint, pruned = prune / "latest-rank0.pt", prune / "pruned-latest-rank0.pt"
-    stage("shear", checkpoint, "llmshearing.train", PRUNE, *here, f"model.path={source}", f"save_folder={prune}")
-    stage("fold", pruned, "llmshearing.utils.post_pruning_processing", "prune_and_save_model", checkpoint)
-    last = kept / "latest-rank0.pt"
-    stage("continue", last, "llmshearing.train", CONTINUE, *here, f"model.path={pruned}", f"save_folder={kept}")
-    for name, path in (("hf-sheared", pruned), ("hf", last)):
+    done, pruned = last_checkpoint(prune, load_config(PRUNE)), prune / "pruned-latest-rank0.pt"
+    stage("shear", done, "llmshearing.train", PRUNE, *here, f"model.path={source}", f"save_folder={prune}")
+    stage(
+        "fold", pruned, "llmshearing.utils.post_pruning_processing", "prune_and_save_model", prune / "latest-rank0.pt"
+    )
+    done = last_checkpoint(kept, load_config(CONTINUE))
+    stage("continue", done, "llmshearing.train", CONTINUE, *here, f"model.path={pruned}", f"save_folder={kept}")
+    for name, path in (("hf-sheared", pruned), ("hf", kept / "latest-rank0.pt")):
         stage(
             "export", out / name, "llmshearing.utils.composer_to_hf", path, out / name, "dtype=bfloat16",
             f"tokenizer={source}",
