@@ -35,6 +35,8 @@ from llmshearing.source import read_source
 log = logging.getLogger("quickstart")
 SOURCE = Path("examples/quickstart/source")
 CONFIGS = Path("configs/tiny")
+EVAL_SEQUENCES = 64
+"""Held-out sequences a domain: enough for two digits, and evaluated several times."""
 PROMPTS = ("def __init__(self, ", "Returns a list of ", "The license ")
 
 
@@ -121,8 +123,9 @@ def report(out: Path, cfg: Config) -> None:
     text = table(rows)
     tokenizer = AutoTokenizer.from_pretrained(out / "hf")
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        made = models["sheared, continued"].generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.2)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        options = {"do_sample": False, "repetition_penalty": 1.2, "pad_token_id": tokenizer.eos_token_id}
+        made = models["sheared, continued"].generate(**inputs, max_new_tokens=40, **options)
         text += f"\n\n> {tokenizer.decode(made[0], skip_special_tokens=True)}"
     (out / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "report.txt").write_text(text + "\n")
@@ -136,7 +139,7 @@ def run(out: Path) -> None:
     command("corpus", out / "corpus", "examples.quickstart.corpus", "--output", str(out / "corpus"))
     command(
         "data", data, "llmshearing.data.prepare", "--input", str(out / "corpus"), "--tokenizer", str(SOURCE),
-        "--output", str(data), "--max_seq_len", str(SEQUENCE), "--eval_fraction", str(EVAL_FRACTION),
+        "--output", str(data), "--max_seq_len", str(SEQUENCE), "--eval_fraction", str(EVAL_FRACTION), "--eval_seqs", str(EVAL_SEQUENCES),
     )  # fmt: skip
     local = f"data_local={data}"
     prune, kept = out / "prune", out / "continue"
