@@ -2,8 +2,8 @@
 
     python -m benchmarks.run
 
-The published schedule in small: 20 % of the run is warm-up, then the masks settle. Random tokens: what the masks do then
-is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is timed in between.
+The published schedule in small: 20 % of the run is warm-up, then the masks settle. Random tokens: what the masks do
+then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is timed in between.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
     for tenth in range(10):
         part = slice(tenth * arguments.steps // 10, (tenth + 1) * arguments.steps // 10)
         share = statistics.mean(open_share[part])
-        print(f"tenth {tenth + 1:2}: step / A {statistics.mean(ours[part]) / statistics.mean(theirs):.3f}, open {share:.3f}")
+        price = statistics.mean(ours[part]) / statistics.mean(theirs)
+        print(f"tenth {tenth + 1:2}: step / A {price:.3f}, open {share:.3f}")
     print(f"whole run / the same number of A steps: {ratio:.3f}")
     print("wrote", save("run", {"ratio": ratio, "shearing_seconds": ours, "dense_seconds": theirs, "open": open_share}))
 

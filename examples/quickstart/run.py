@@ -139,7 +139,8 @@ def run(out: Path) -> None:
     command("corpus", out / "corpus", "examples.quickstart.corpus", "--output", str(out / "corpus"))
     command(
         "data", data, "llmshearing.data.prepare", "--input", str(out / "corpus"), "--tokenizer", str(SOURCE),
-        "--output", str(data), "--max_seq_len", str(SEQUENCE), "--eval_fraction", str(EVAL_FRACTION), "--eval_seqs", str(EVAL_SEQUENCES),
+        "--output", str(data), "--max_seq_len", str(SEQUENCE), "--eval_fraction", str(EVAL_FRACTION),
+        "--eval_seqs", str(EVAL_SEQUENCES),
     )  # fmt: skip
     local = f"data_local={data}"
     prune, kept = out / "prune", out / "continue"
