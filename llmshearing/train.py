@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,13 +204,25 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     return options
 
 
-def check_load_path(cfg: Config) -> None:
-    """Refuse a checkpoint that is not there before anything is built; Composer tells it only after the model."""
-    if cfg.load_path is None or cfg.autoresume or "://" in cfg.load_path:
+def check_files(cfg: Config) -> None:
+    """Refuse before anything is built what Composer tells only later: no checkpoint to load, others in the way.
+
+    Raises:
+        ShearingError: load_path is not there, or save_folder holds an earlier run that would be mixed with this one.
+    """
+    if cfg.autoresume:
         return
-    path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
-    if not path.is_file():
-        raise ShearingError(f"load_path = {path}: no such file; give a checkpoint of an earlier run, or leave it out")
+    if cfg.load_path is not None:
+        path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
+        if "://" not in cfg.load_path and not path.is_file():
+            raise ShearingError(f"load_path = {path}: no such file; give an earlier run's checkpoint, or leave it out")
+    elif cfg.save_folder is not None and not cfg.save_overwrite:
+        names = sorted(path.name for path in Path(cfg.save_folder).glob(re.sub(r"{[^}]*}", "*", cfg.save_filename)))
+        if names:
+            raise ShearingError(
+                f"save_folder = {cfg.save_folder} has checkpoints of an earlier run ({', '.join(names[:3])}): go on "
+                "with it (autoresume=true), replace it (save_overwrite=true), or give another folder"
+            )
 
 
 def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
@@ -259,7 +272,7 @@ def train(cfg: Config) -> Trainer:
     Raises:
         ShearingError: the source, the data or their combination with the configuration is wrong.
     """
-    check_load_path(cfg)
+    check_files(cfg)
     source = read_source(cfg)
     device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
     dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)

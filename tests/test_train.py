@@ -134,6 +134,16 @@ def test_a_pruning_checkpoint_is_no_source(command, tmp_path):
     assert checkpoint in errors[0] and "post_pruning_processing prune_and_save_model" in errors[0]
 
 
+def test_never_over_an_earlier_run(uninterrupted, command):
+    folder, _ = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, errors = command(save_folder=str(folder))
+    assert code == 1 and len(errors) == 1
+    for text in (str(folder), "ep0-ba4-rank0.pt", "autoresume=true", "save_overwrite=true"):
+        assert text in errors[0]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 def test_batch_that_ranks_cannot_share(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, errors = command("--dry-run")
@@ -267,7 +277,7 @@ def difference(one, other):
 def uninterrupted(lab, tmp_path_factory):
     """(folder, configuration) of 8 batches in one go, evaluated before the first."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    cfg = configured(lab, folder, eval_first=True)
+    cfg = configured(lab, folder, eval_first=True, eval_interval="2ba")
     train(cfg)
     return folder / "run", cfg
 
@@ -281,18 +291,18 @@ def test_the_resolved_configuration_is_kept(uninterrupted):
 def test_evaluation_before_the_first_step(uninterrupted, lab, tmp_path):
     folder, _ = uninterrupted
     lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["batch"] for line in lines] == [0, 4, 8]
+    assert [line["batch"] for line in lines] == [0, 2, 4, 6, 8]
     assert all(set(line["domains"]) == set(NAMES) for line in lines)
 
 
 def test_resumed_run_ends_where_an_uninterrupted_one_does(uninterrupted, lab, tmp_path):
     """Interrupted after batch 4 of 8, masks, mixture, optimizer and schedule go on as if nothing had happened."""
     folder, cfg = uninterrupted
-    changes = {"autoresume": True, "eval_first": True}
+    changes = {"autoresume": True, "eval_first": True, "eval_interval": "2ba"}
 
     class Stop(Callback):
         def batch_checkpoint(self, state, logger):
-            if state.timestamp.batch.value == 5:  # a batch after the checkpoint: its work is lost
+            if state.timestamp.batch.value == 7:  # batches and an evaluation after the checkpoint: that work is lost
                 raise KeyboardInterrupt
 
     broken, _ = trainer_of(configured(lab, tmp_path, **changes))
@@ -305,8 +315,8 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(uninterrupted, lab, tm
     resumed = train(configured(lab, tmp_path, **changes))
     assert resumed.state.timestamp.batch.value == 8
     assert difference(weights_of(tmp_path / "run"), weights_of(folder)) == 0
-    steps = [json.loads(line)["batch"] for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
-    assert steps == [0, 4, 8]
+    lines = [(path / "evaluations.jsonl").read_text().splitlines() for path in (tmp_path / "run", folder)]
+    assert lines[0] == lines[1]
 
 
 def test_microbatches_do_not_change_a_run(lab, tmp_path):
@@ -321,10 +331,10 @@ def test_microbatches_do_not_change_a_run(lab, tmp_path):
 
 def test_seeds_decide(uninterrupted, lab, tmp_path):
     folder, _ = uninterrupted
-    again = configured(lab, tmp_path / "again")
+    again = configured(lab, tmp_path / "again", eval_first=True, eval_interval="2ba")
     train(again)
     assert difference(weights_of(tmp_path / "again" / "run"), weights_of(folder)) == 0
-    train(configured(lab, tmp_path / "other", global_seed=18))
+    train(configured(lab, tmp_path / "other", eval_first=True, eval_interval="2ba", global_seed=18))
     assert difference(weights_of(tmp_path / "other" / "run"), weights_of(folder)) > 0.02
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,17 @@ class LossMonitor(Callback):
         if self.record is not None and dist.get_global_rank() == 0:
             mean = state.eval_metrics[state.dataloader_label or "eval"]["LanguageCrossEntropy"].compute().item()
             line: dict[str, Any] = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
-            line |= {"loss": mean, "domains": self._named(losses, "{}")}
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            with self.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._write(line | {"loss": mean, "domains": self._named(losses, "{}")})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Add a line; those of this batch or later are of work that was lost before a resume."""
+        record = self.record or Path()
+        lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+        kept = [old for old in lines if json.loads(old)["batch"] < line["batch"]]
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_name(record.name + ".tmp")
+        temporary.write_text("\n".join([*kept, json.dumps(line)]) + "\n", encoding="utf-8")
+        os.replace(temporary, record)
 
     def _named(self, losses: list[float], pattern: str) -> dict[str, float]:
         pairs = zip(self.set_names, losses, strict=True)
