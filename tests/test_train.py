@@ -344,3 +344,22 @@ def test_total_sparsity_and_separate_layer_masks(lab, tmp_path):
     assert set(trainer.state.model.masks.lambda_1) == {"total"}
     info = read_checkpoint(tmp_path / "run").info
     assert info.masks["target"] is None and info.masks["target_sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_masks_follow_the_schedule_or_not(lab, tmp_path, follow):
+    rates = []
+
+    class Watch(Callback):
+        def before_forward(self, state, logger):
+            rates.append([group["lr"] for group in state.optimizers[0].param_groups])
+
+    cfg = configured(lab, tmp_path, optimizer__schedule_masks=follow, save_folder=None, scheduler__t_warmup="0ba")
+    trainer, _ = trainer_of(cfg)
+    trainer.state.callbacks.append(Watch())
+    trainer.fit()
+    trainer.close()
+    shares = [weights / 1e-3 for weights, _, _ in rates]
+    assert shares[0] == pytest.approx(1) and shares[-1] < 0.3
+    for share, (_, masks, multipliers) in zip(shares, rates, strict=True):
+        assert masks == multipliers == pytest.approx(0.5 * share if follow else 0.5)
