@@ -1,8 +1,9 @@
 """Pruners that choose without training masks: METHODS by name. Each returns a Choice; the one fold applies it."""
 
+from llmshearing.pruners import activation, depth, random
 from llmshearing.pruners.base import Choice, Method
 from llmshearing.pruners.calibration import Calibration
 
-METHODS: dict[str, Method] = {}  # filled below, a line each: METHODS[name] = module.METHOD
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (random, activation, depth)}
 
 __all__ = ["METHODS", "Calibration", "Choice", "Method"]

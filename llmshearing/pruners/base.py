@@ -40,6 +40,8 @@ class Choice:
     """Keys of the generation config that change."""
     write_tokenizer: Callable[[Path], None] | None = None
     """Writes the new tokenizer's files into a directory; None: the source's tokenizer stays."""
+    reencode: Callable[[list[int]], list[int]] | None = None
+    """Ids of the source's tokenizer -> ids of the new one for the same text; needed where the vocabulary is cut."""
 
 
 @dataclass(frozen=True)
