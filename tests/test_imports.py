@@ -18,7 +18,7 @@ LAYERS = [
     {"model", "data", "pruners"},
     {"checkpoint"},
     {"callbacks", "convert"},
-    {"source", "evaluation"},
+    {"source", "evaluation", "prune"},
     {"train"},
     {"utils"},
 ]

@@ -11,7 +11,6 @@ Which tensors these are is read from the table. Shape legend: B sequences, T tok
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,14 +117,9 @@ def _scores(table: Table, squares: Mapping[tuple[str, int | None, str], Tensor])
     return scores
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
 METHOD = Method(
     name="activation",
     choose=choose,
     help="most active units (Minitron), width before depth",
     keys=("hidden_size", *WIDTH, "num_hidden_layers"),
-    add_options=_no_options,
 )
