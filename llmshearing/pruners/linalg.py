@@ -9,7 +9,7 @@ to where the squared error |W X - W' X|^2 is least gives (Hassibi & Stork 1993; 
 
 The last line is the inverse of the smaller H, so that nothing is inverted again: a round costs n^2 |S|, not n^3.
 
-Shape legend: o outputs; n columns (inputs) that are left; u units of w columns each, so that n = u w; s removed columns.
+Shape legend: o outputs; n columns (inputs) that are left; u units of w columns each, n = u w; s removed columns.
 """
 
 from __future__ import annotations

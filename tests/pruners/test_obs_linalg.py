@@ -1,4 +1,4 @@
-"""OBS columns against a slow float64 version that inverts the Hessian after every removal, and against least squares."""
+"""OBS columns against a slow float64 version that inverts again after every removal, and against least squares."""
 
 import itertools
 
