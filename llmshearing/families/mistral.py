@@ -1,4 +1,4 @@
-"""The Mistral family's table (MistralForCausalLM of transformers): LLaMA's; its sliding window is the config's affair."""
+"""The Mistral family's table (MistralForCausalLM of transformers): LLaMA's; its sliding window stays in the config."""
 
 from __future__ import annotations
 

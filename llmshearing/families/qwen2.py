@@ -1,4 +1,4 @@
-"""The Qwen2 family's table (Qwen2ForCausalLM of transformers): LLaMA's, with biases on queries, keys and values only."""
+"""The Qwen2 family's table (Qwen2ForCausalLM of transformers): LLaMA's, with biases on queries, keys, values."""
 
 from __future__ import annotations
 

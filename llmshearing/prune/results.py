@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,5 @@ def _write_plain(
         result.model.to(dtype).save_pretrained(folder)
         extra(folder)
         load_hf_model(folder)
-        try:
+        with contextlib.suppress(ShearingError):  # a model may have none
             copy_tokenizer(tokenizer, folder)
-        except ShearingError:  # a model may have none
-            pass

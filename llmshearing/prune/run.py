@@ -198,4 +198,3 @@ def _tokenizer(model: Path | str, choice: Choice) -> Iterator[Path | str]:
     with tempfile.TemporaryDirectory() as folder:
         choice.write_tokenizer(Path(folder))
         yield folder
-

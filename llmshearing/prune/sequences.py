@@ -78,6 +78,10 @@ def read_calibration(
     for name, ids in ((found.select_name, found.select), (found.report_name, found.report)):
         if int(ids.max()) >= vocab_size:
             raise ShearingError(f"{name} has token id {int(ids.max())}, the model's vocab_size is {vocab_size}")
+    log.info(
+        "%d sequences of %d tokens to choose by: %s; %d to report on: %s",
+        *(*found.select.shape, found.select_name, len(found.report), found.report_name),
+    )
     return found
 
 
@@ -118,8 +122,6 @@ def _spread(directories: list[Path], length: int, vocab_size: int, number: int) 
         share = number // len(opened) + (at < number % len(opened))
         places = np.unique(np.linspace(0, len(directory) - 1, min(share, len(directory))).round().astype(int))
         rows += [torch.from_numpy(directory[int(place)][0]) for place in places]
-    if len(rows) < number:
-        log.warning("warning: %s has %d sequences, %d were asked for", directories[0].parent, len(rows), number)
     return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.int64)
 
 

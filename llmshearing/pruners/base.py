@@ -2,8 +2,8 @@
 
     choose(model, table, target, calibration, **options) -> Choice
 
-    model        transformers causal LM in float32, eval mode, unwrapped; a method that only chooses leaves it as it was,
-                 one that also updates weights (OBS) changes them in place, and the fold then cuts the changed weights
+    model        transformers causal LM in float32, eval mode, unwrapped; a method that only chooses leaves it as it
+                 was, one that also updates weights (OBS) changes them in place, and the fold then cuts the changed ones
     table        its family's table, in the head mode that the target asks for (see targets.py); None for a decoder
                  without a table, which only methods with ``any_decoder`` accept
     target       the whole shape wanted, in the config's keys; keys that nobody asked to change are the source's

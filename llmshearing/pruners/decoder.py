@@ -35,7 +35,7 @@ class Decoder:
         return batch_loss(self.model, batch)
 
     def recorded(self, batch: Tensor) -> list[Tensor]:
-        """What each layer reads, [B, T, d], and last what the last one writes; skipped layers read what they pass on."""
+        """What each layer reads, [B, T, d], and last what the last one writes."""
         states: list[Tensor] = []
         hooks = [layer.register_forward_pre_hook(_keep_input(states), with_kwargs=True) for layer in self.layers]
         hooks.append(self.layers[-1].register_forward_hook(lambda module, inputs, out: states.append(first(out))))

@@ -168,8 +168,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--by",
         choices=WAYS,
         default="window",
-        help="contiguous window by perplexity (Quark), greedy by loss (SLEB), block influence (ShortGPT); not looked at "
-        "where the target gives drop_layers (%(default)s)",
+        help="contiguous window by perplexity (Quark), greedy by loss (SLEB), block influence (ShortGPT); not looked "
+        "at where the target gives drop_layers (%(default)s)",
     )
     parser.add_argument("--model_decoder_layers", metavar="PATH", help="of the layer list, as model.decoder.layers")
     parser.add_argument("--layer_norm_field", metavar="PATH", help="of the final norm, checked to exist")

@@ -2,7 +2,7 @@
 
     {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 512, "num_hidden_layers": 6}
     {"drop_layers": [2, 5]}
-    {"ratio": 0.25}        a quarter fewer block parameters (or layers, or vocabulary, where that is what the method cuts)
+    {"ratio": 0.25}        a quarter fewer block parameters (or layers, or vocabulary, if the method cuts those)
 
 Keys that are absent stay. With grouped queries, fewer key-value heads cut whole groups; fewer attention heads alone cut
 the same number of query heads inside every group.
@@ -107,8 +107,8 @@ def fill_heads(shape: dict[str, int], source: Mapping[str, int], wanted: Mapping
         return "query"
     raise ShearingError(
         f"target {HEADS} = {heads} with {GROUPS} = {groups} cannot be cut from {source[HEADS]} and {source[GROUPS]}: "
-        f"cut whole groups ({repeat} attention heads for each key-value head), or keep {source[GROUPS]} key-value heads "
-        f"and a multiple of {source[GROUPS]} attention heads"
+        f"cut whole groups ({repeat} attention heads for each key-value head), or keep {source[GROUPS]} key-value "
+        f"heads and a multiple of {source[GROUPS]} attention heads"
     )
 
 
