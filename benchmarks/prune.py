@@ -3,7 +3,7 @@
     python -m benchmarks.prune --source DIR --data MDS --output DIR [--ratios 0.25 0.5] [--steps 60]
         [--models sheared=DIR ...] [--threads 1]
 
-Every model is evaluated on the same sequences of `eval_merge`; continued pretraining is the same for all: AdamW, and the
+Every model is evaluated on the same sequences of `eval_merge`; continued pretraining is the same for all: AdamW, the
 same sequences of `for_ft` in the same order. ``--models`` adds models that exist, such as what a shearing run folds to.
 Methods that choose by sequences see `for_prune` only. Writes results.json, table.txt and perplexity.png.
 """

@@ -118,6 +118,16 @@ def test_methods_chain_and_selections_replay_bit_by_bit(source, tmp_path):
     assert written.keys() == replayed.keys() and all(torch.equal(written[k], replayed[k]) for k in written)
 
 
+def test_unequal_layers_are_refused_or_padded(source, text, tmp_path):
+    settings = {"calibration": text, "sequences": SEQUENCES, "ratios": "log_increase"}
+    with pytest.raises(ShearingError, match="intermediate_size differs between layers.*--pad"):
+        prune("obs", source("llama"), tmp_path / "out", {"intermediate_size": 5}, **settings)
+    assert not os.listdir(tmp_path)
+    out = prune("obs", source("llama"), tmp_path / "out", {"intermediate_size": 5}, pad=True, **settings)
+    weight = load(out.path).model.layers[0].mlp.down_proj.weight
+    assert 5 <= weight.shape[1] <= 10
+
+
 def test_mistral_keeps_its_sliding_window(source, tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
