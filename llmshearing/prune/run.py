@@ -33,13 +33,13 @@ from llmshearing.prune.results import folded, shortened, write
 from llmshearing.prune.sequences import SequenceOptions, read_calibration
 from llmshearing.pruners import METHODS, Calibration, Choice, Method
 from llmshearing.pruners.decoder import find_decoder, layer_by_layer
-from llmshearing.pruners.targets import DROP, resolve_target
+from llmshearing.pruners.targets import DROP, Target, resolve_target
 
 log = logging.getLogger(__name__)
 
 # Quark's names: they may stand in a target file, as they do in its config.json.
 QUARK_NUMBER = "delete_layer_num"
-QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field", "save_gpu_memory")
+QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field")
 
 
 @dataclass(frozen=True)
@@ -81,45 +81,68 @@ def prune(
     Raises:
         ShearingError: bad input, as the message says; nothing is written then.
     """
-    start = time.perf_counter()
-    output = Path(output)
-    chosen_method, target = _method(method), dict(target)
+    start, output = time.perf_counter(), Path(output)
     check_directory(output, overwrite)
     if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise ShearingError(f"output {output} is the source; give another directory")
-    save_gpu_memory = bool(target.pop("save_gpu_memory", save_gpu_memory))
-    options |= {key: target.pop(key) for key in QUARK_OPTIONS if key in target and chosen_method.any_decoder}
-    config = _config(model)
-    table = _table(config, chosen_method, options)
-    if QUARK_NUMBER in target and chosen_method.any_decoder:
-        target[table.layers_key] = table.layers - target.pop(QUARK_NUMBER)
-    wanted = resolve_target(target, table, chosen_method)
-    if config.model_type in FAMILIES:
-        table = table_for(config, wanted.head_mode)
-    if wanted.drop_layers is not None:
-        options[DROP] = wanted.drop_layers
-    data = _calibration(calibration, model, config, sequences)
-    if data is None and chosen_method.needs_calibration(options):
+    plan = make_plan(method, _config(model), {"save_gpu_memory": save_gpu_memory, **target}, options)
+    data = _calibration(calibration, model, plan.config, sequences)
+    if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
-    source, dtype = load_hf_model(model, torch.float32).eval(), _dtype(config)
-    layers_path = options.get("model_decoder_layers"), options.get("layer_norm_field"), table.layers_key
-    with placed(source, device, save_gpu_memory, layers_path):
-        before = measure(source, dtype, data)
-        choice = chosen_method.choose(source, table if table.tensors else None, wanted.shape, data, **options)
-    result = folded(source, table, choice, dtype, pad) if table.tensors else shortened(source, table, choice)
-    with placed(result.model, device, save_gpu_memory, layers_path):
-        after = measure(result.model, dtype, data, choice.reencode)
+    source = load_hf_model(model, torch.float32).eval()
+    table = plan.table if plan.table.tensors else None
+    with placed(source, device, plan):
+        before = measure(source, plan.dtype, data)
+        choice = plan.method.choose(source, table, plan.target.shape, data, **plan.options)
+    result = folded(source, table, choice, plan.dtype, pad) if table else shortened(source, plan.table, choice)
+    with placed(result.model, device, plan):
+        after = measure(result.model, plan.dtype, data, choice.reencode)
+    split = data.report_name if data is not None else None
     record = {
-        **{"method": method, "source": str(model), "target": target, "options": options, **as_plain(before, after)},
-        "split": data.report_name if data is not None else None,
-        "history": [*_history(model), f"{method}: {json.dumps(target)}, from {model}"],
+        **{"method": method, "source": str(model), "target": dict(target), "options": plan.options, "split": split},
+        **as_plain(before, after),
+        "history": [*_history(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
     }
     with _tokenizer(model, choice) as tokenizer:
-        write(result, output, dtype, choice, record, tokenizer=tokenizer, overwrite=overwrite)
+        write(result, output, plan.dtype, choice, record, tokenizer=tokenizer, overwrite=overwrite)
     seconds = time.perf_counter() - start
-    log.info("%s", table_of(before, after, seconds, peak_memory(), data.report_name if data is not None else None))
+    log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
     return Pruned(output, before, after, seconds, choice)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be done, checked. table: without tensors for a decoder that has no table."""
+
+    method: Method
+    config: PretrainedConfig
+    table: Table
+    target: Target
+    options: dict[str, Any]
+    one_layer: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the source is stored, and the result."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+
+def make_plan(name: str, config: PretrainedConfig, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:
+    """Method, table and whole target; raises as :func:`prune`."""
+    method, wanted, options = _method(name), dict(target), dict(options)
+    one_layer = bool(wanted.pop("save_gpu_memory"))
+    if method.any_decoder:
+        options |= {key: wanted.pop(key) for key in QUARK_OPTIONS if key in wanted}
+    table = _table(config, method, options)
+    if QUARK_NUMBER in wanted and method.any_decoder:
+        wanted[table.layers_key] = table.layers - wanted.pop(QUARK_NUMBER)
+    resolved = resolve_target(wanted, table, method)
+    if table.tensors:
+        table = table_for(config, resolved.head_mode)
+    if resolved.drop_layers is not None:
+        options[DROP] = resolved.drop_layers
+    return Plan(method, config, table, resolved, options, one_layer)
 
 
 def _method(name: str) -> Method:
@@ -158,10 +181,6 @@ def _calibration(
     return read_calibration(path, model, config.vocab_size, longest, options)
 
 
-def _dtype(config: PretrainedConfig) -> torch.dtype:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
 def _history(model: Path | str) -> list[str]:
     """How the source was pruned before, where it was."""
     try:
@@ -171,15 +190,14 @@ def _history(model: Path | str) -> list[str]:
 
 
 @contextmanager
-def placed(
-    model: PreTrainedModel, device: str, one_layer: bool, layers_path: tuple[str | None, str | None, str]
-) -> Iterator[None]:
+def placed(model: PreTrainedModel, device: str, plan: Plan) -> Iterator[None]:
     """The model on a device, whole or one layer at a time; on the CPU afterwards."""
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ShearingError(f"device {device}: torch finds no GPU; give --device cpu")
-    if one_layer:
-        with layer_by_layer(model, find_decoder(model, *layers_path).layers, place):
+    if plan.one_layer:
+        fields = plan.options.get("model_decoder_layers"), plan.options.get("layer_norm_field"), plan.table.layers_key
+        with layer_by_layer(model, find_decoder(model, *fields).layers, place):
             yield
         return
     try:
