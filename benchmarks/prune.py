@@ -101,7 +101,8 @@ def make(arguments: argparse.Namespace) -> dict[str, tuple[float, Path]]:
     made = {}
     sequences = SequenceOptions(samples=arguments.samples, report_samples=8)
     for ratio in arguments.ratios:
-        for label, (method, options) in CASES.items():
+        for label in arguments.methods:
+            method, options = CASES[label]
             output = arguments.output / f"{label.replace(' ', '-')}-{ratio:g}"
             if not output.exists():
                 prune(
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="directory of the data command")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="of block parameters to remove")
+    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), help="(all)")
     parser.add_argument("--samples", type=int, default=128, help="sequences to choose by (%(default)s)")
     parser.add_argument("--eval_batches", type=int, default=28, help="of 8 sequences (%(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="of continued pretraining (%(default)s)")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from llmshearing.axes import Table, fold
+from llmshearing.axes import Table, fold_lazily
 from llmshearing.checkpoint import CheckpointInfo
 from llmshearing.convert.card import model_card
 from llmshearing.convert.export import copy_tokenizer, write_hf_directory
@@ -47,8 +47,8 @@ def folded(source: PreTrainedModel, table: Table, choice: Choice, dtype: torch.d
         raise ShearingError(f"{error}. --pad fills smaller layers with zeros") from error
     config = type(source.config).from_dict(values)
     with torch.no_grad():
-        weights = fold(source.state_dict(), table, selection)
-        stored = {name: value.to(dtype).float() for name, value in weights.items()}
+        makers = fold_lazily(source.state_dict(), table, selection)
+        stored = {name: make().to(dtype).float() for name, make in makers}
     return Result(build_model(stored, config, torch.float32), _generation(source, choice))
 
 
