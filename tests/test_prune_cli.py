@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.gating import attach
 from llmshearing.prune import SequenceOptions, prune
-from llmshearing.prune.__main__ import main
+from llmshearing.prune.__main__ import EXAMPLES, build_parser, main, read_target
 from llmshearing.prune.sequences import read_calibration
 from llmshearing.pruners import METHODS
 from llmshearing.selection_io import load_selection
@@ -193,6 +194,15 @@ def test_the_command_writes_what_it_says(source, text, tmp_path, root):
     assert said[-1] == f"wrote the pruned model and its selection to {tmp_path / 'out'}"
     assert load(tmp_path / "out").config.hidden_size == 8
     assert {"tokenizer.json", "README.md", "selection.safetensors"} <= set(os.listdir(tmp_path / "out"))
+
+
+def test_commands_of_the_readme_and_of_the_help_parse(root):
+    text = (root / "README.md").read_text() + EXAMPLES
+    commands = re.findall(r"python -m llmshearing\.prune (.+)", text.replace("\\\n", " "))
+    assert len(commands) == 9
+    for command in commands:
+        options = vars(build_parser().parse_args(shlex.split(command)))
+        assert read_target(options)
 
 
 BAD = {
