@@ -29,7 +29,7 @@ from llmshearing.pruners.base import Choice, Method
 from llmshearing.pruners.calibration import Calibration
 from llmshearing.pruners.vocabulary_files import READERS, Tokens
 from llmshearing.pruners.vocabulary_ids import ids_of, renumbered
-from llmshearing.pruners.vocabulary_write import write_tokenizer
+from llmshearing.pruners.vocabulary_write import added_ids, write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,13 @@ def choose(
     """
     directory, size = Path(model.config.name_or_path), table.kinds[KIND].size
     tokenizers = read_tokenizers(directory, size)
-    found = _frequencies(directory, size, corpus, frequencies, corpus_field, processes)
     configs = [model.config.to_dict(), model.generation_config.to_dict() if model.generation_config else {}]
-    named = {number for config in configs for number in ids_of(config)}
+    added = added_ids(directory)
+    named = added.union(*map(ids_of, configs))
     if outside := sorted(number for number in named if number >= size):
         raise ShearingError(f"the configs of {directory} name token ids {outside}; the vocabulary has {size}")
+    must_stay(target[KEY], tokenizers, named)  # before the corpus is counted
+    found = _frequencies(directory, size, corpus, frequencies, corpus_field, processes)
     kept = keep(target[KEY], tokenizers, found.counts, named)
     new = {old: rank for rank, old in enumerate(kept)}
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +77,7 @@ def choose(
             log.warning("warning: the new tokenizer is not checked: give --corpus")
         else:
             agreement = check(directory, folder, len(kept), documents(Path(corpus), corpus_field), processes)
-    special = set().union(*(tokens.special for tokens in tokenizers))
+    special = added.union(*(tokens.special for tokens in tokenizers))
     return Choice(
         selection=Selection({KIND: (Units(torch.tensor(kept)),)}),
         about=_about(found, kept, agreement),
@@ -105,7 +107,7 @@ def _frequencies(
 def _about(found: Frequencies, kept: Sequence[int], agreement: Agreement | None) -> dict[str, Any]:
     total = sum(found.counts)
     about: dict[str, Any] = {"corpus": found.corpus, "tokens": total, "documents": found.documents}
-    about["kept_share_of_tokens"] = sum(found.counts[i] for i in kept) / total
+    about["kept_share_of_tokens"] = sum(found.counts[i] for i in kept) / max(1, total)
     if agreement is not None:
         about["check"] = {name: getattr(agreement, name) for name in ("documents", "tokens_before", "tokens_after")}
     return about
@@ -137,6 +139,22 @@ def read_tokenizers(directory: Path, size: int) -> list[Tokens]:
     return list(found.values())
 
 
+def must_stay(size: int, tokenizers: Sequence[Tokens], named: set[int]) -> set[int]:
+    """Ids that stay whatever the frequencies say. named: ids that configs name.
+
+    Raises:
+        ShearingError: they are more than ``size``.
+    """
+    wanted = named.union(*(tokens.must for tokens in tokenizers))
+    kept = {part for number in wanted for part in _parts(number, tokenizers)}
+    if size < len(kept):
+        raise ShearingError(
+            f"target {KEY} = {size} is below what must stay, {len(kept)}: special, user-defined and byte tokens, "
+            "single characters, and what these are merged from"
+        )
+    return kept
+
+
 def keep(size: int, tokenizers: Sequence[Tokens], counts: Sequence[int], named: set[int]) -> list[int]:
     """Ids to keep, ascending: what must stay, then by frequency whatever still fits with the pieces it is merged from.
 
@@ -146,29 +164,23 @@ def keep(size: int, tokenizers: Sequence[Tokens], counts: Sequence[int], named: 
     Raises:
         ShearingError: ``size`` is below what must stay.
     """
-
-    def parts(number: int) -> set[int]:
-        return {number}.union(*(tokens.parts(number) for tokens in tokenizers if number in known[id(tokens)]))
-
-    known = {id(tokens): set(tokens.ids.values()) for tokens in tokenizers}
-    everything = set().union(*known.values())
-    kept = {part for number in named.union(*(tokens.must for tokens in tokenizers)) for part in parts(number)}
-    if size < len(kept):
-        raise ShearingError(
-            f"target {KEY} = {size} is below what must stay, {len(kept)}: special, user-defined and byte tokens, "
-            "single characters, and what these are merged from"
-        )
-    # Rows without a token come last: no text uses them.
+    kept = must_stay(size, tokenizers, named)
+    tokens = {number for tokenizer in tokenizers for number in tokenizer.ids.values()}
     rest = set(range(len(counts))) - kept
-    order = sorted(rest, key=lambda number: (number not in everything, -counts[number], number))
+    # Rows without a token come last: no text uses them.
+    order = sorted(rest, key=lambda number: (number not in tokens, -counts[number], number))
     while len(kept) < size:
         for number in tqdm(order, desc="choosing tokens", unit="token", leave=False):
-            missing = parts(number) - kept
+            missing = _parts(number, tokenizers) - kept
             if len(kept) + len(missing) <= size:
                 kept |= missing
             if len(kept) == size:
                 break
     return sorted(kept)
+
+
+def _parts(number: int, tokenizers: Sequence[Tokens]) -> set[int]:
+    return set().union(*(tokens.parts(number) for tokens in tokenizers))
 
 
 def check(old: Path | str, new: Path | str, size: int, texts: Any, processes: int | None = None) -> Agreement:

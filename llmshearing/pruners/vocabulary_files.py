@@ -32,7 +32,7 @@ class Tokens(Protocol):
     special: set[int]
 
     def parts(self, number: int) -> set[int]:
-        """Ids of all pieces that a token is merged from, itself included."""
+        """Ids of all pieces that a token is merged from, itself included; of an id that is not here, itself."""
         ...
 
     def cut(self, new: Mapping[int, int]) -> bytes:
@@ -80,7 +80,7 @@ class SentencePiece:
         self._texts = [piece.piece for piece in pieces]
 
     def parts(self, number: int) -> set[int]:
-        if not self._merges or self._texts[number] not in self._score:
+        if not self._merges or number >= len(self._texts) or self._texts[number] not in self._score:
             return {number}
         symbols = derivation(self._texts[number], self._rank)
         return {number, *(self.ids[symbol] for symbol in symbols if symbol in self.ids)}

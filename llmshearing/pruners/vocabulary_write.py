@@ -12,8 +12,20 @@ from llmshearing.data.codec import load_file
 from llmshearing.errors import ShearingError
 from llmshearing.pruners.vocabulary_files import READERS
 
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 # Files that name tokens by their text, not by id.
 COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+
+
+def added_ids(directory: Path) -> set[int]:
+    """Ids of tokens that transformers adds to a tokenizer's own, and that its files may not know."""
+    found: set[int] = set()
+    if (directory / ADDED).is_file():
+        found |= set(json.loads((directory / ADDED).read_text(encoding="utf-8")).values())
+    if (directory / CONFIG).is_file():
+        data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        found |= {int(number) for number in data.get("added_tokens_decoder") or ()}
+    return found
 
 
 def write_tokenizer(directory: Path, new: Mapping[int, int], folder: Path) -> None:
@@ -30,8 +42,8 @@ def write_tokenizer(directory: Path, new: Mapping[int, int], folder: Path) -> No
     for name in COPIED:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, folder / name)
-    _rewrite(directory, folder, "tokenizer_config.json", lambda data: _renumber_decoder(data, new))
-    for name in ("added_tokens.json", "vocab.json"):
+    _rewrite(directory, folder, CONFIG, lambda data: _renumber_decoder(data, new))
+    for name in (ADDED, "vocab.json"):
         _rewrite(directory, folder, name, lambda data: {text: new[i] for text, i in data.items() if i in new})
     if (directory / "merges.txt").is_file() and (folder / "tokenizer.json").is_file():
         merges = json.loads((folder / "tokenizer.json").read_bytes())["model"]["merges"]

@@ -13,7 +13,7 @@ from helpers_tokenizers import SPECIAL, corpus, train_byte_level, train_sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from llmshearing.axes import fold
 from llmshearing.data import frequencies
@@ -205,6 +205,27 @@ def test_slow_and_fast_tokenizers_of_the_lab_agree(tmp_path):
         assert fast.decode(fast.encode(text), skip_special_tokens=True) == text
 
 
+def test_tokens_that_transformers_adds_to_a_sentencepiece_model_stay(tmp_path):
+    train_sentencepiece(tmp_path, "bpe")
+    slow = LlamaTokenizer(str(tmp_path / "tokenizer.model"))
+    assert slow.add_tokens(["<extra>"], special_tokens=True) == 1
+    slow.save_pretrained(tmp_path)
+    extra = slow.convert_tokens_to_ids("<extra>")
+    model, text = model_in(tmp_path, 430, False), tmp_path / "text.txt"
+    text.write_text("".join(corpus()), encoding="utf-8")
+    table, out = table_for(model.config), tmp_path / "out"
+    choice = choose(model, table, {**table.shape(), "vocab_size": 370}, None, corpus=text, processes=1)
+    out.mkdir()
+    choice.write_tokenizer(out)
+    kept = choice.selection.units["vocab"][0].index.tolist()
+    small = LlamaTokenizer.from_pretrained(out)
+    assert small.convert_tokens_to_ids("<extra>") == kept.index(extra)
+    before, after = (tokenizer.encode("walk<extra>") for tokenizer in (slow, small))
+    assert small.decode(after) == slow.decode(before)
+    assert after[-1] == kept.index(extra)
+    assert choice.reencode([extra, 1]) == [kept.index(extra), 1]
+
+
 def test_processes_and_frequencies_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(frequencies, "BATCH", 1 << 10)
     monkeypatch.setattr(frequencies, "SMALL", 4 << 10)
@@ -234,7 +255,7 @@ def test_bad_input_is_named(tmp_path):
         return choose(model, table, {**table.shape(), "vocab_size": size}, None, processes=1, **options)
 
     with pytest.raises(ShearingError, match="vocab_size = 100 is below what must stay, 2"):
-        attempt(100, corpus=text)
+        attempt(100, corpus=tmp_path / "nowhere")  # said before anything is counted
     with pytest.raises(ShearingError, match="give --corpus"):
         attempt()
     with pytest.raises(ShearingError, match="no file ending in"):
