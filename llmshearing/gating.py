@@ -207,3 +207,14 @@ def _attach_layer(modules: dict[str, nn.Module], path: str, layer: int, gating: 
 def _swap(module: nn.Module, to: type, gating: Gating) -> None:
     module.__class__ = to
     module.gating = gating  # type: ignore[assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`: the modules' own classes again. Parameters were never touched."""
+    for module in model.modules():
+        if isinstance(module, GatedAttention):
+            module.num_key_value_groups = module.source_groups  # type: ignore[attr-defined]
+        if isinstance(module, _Gated):
+            module.__class__ = type(module).__bases__[1]
+            for name in ("gating", "tensor_names", "layer", "source_groups"):
+                module.__dict__.pop(name, None)

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def write_hf_directory(
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    extra: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write what `AutoModelForCausalLM.from_pretrained` loads, under a temporary name, then rename.
 
@@ -105,6 +106,7 @@ def write_hf_directory(
         dtype: None keeps each tensor's. tokenizer: directory, file, or name on the hub; None writes none and warns.
         tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
         card: text of README.md. generation_config: None makes one from the config.
+        extra: writes further files into the folder before it gets its name.
 
     Raises:
         ShearingError: tensors and config disagree; the directory has something in it; the tokenizer cannot be loaded.
@@ -123,6 +125,8 @@ def write_hf_directory(
         _generation(generation_config, config).save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
         (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
+        if extra is not None:
+            extra(folder)
         for file in folder.glob("*.safetensors"):  # safetensors makes files that their owner alone may read
             shutil.copymode(folder / "README.md", file)
     log.info("wrote a %s (%s parameters) to %s", config.architectures[0], f"{table.count():,}", directory)

@@ -20,7 +20,7 @@ from llmshearing.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_
 from llmshearing.convert.arguments import check_facts
 from llmshearing.convert.output import check_file
 from llmshearing.errors import ShearingError
-from llmshearing.families import table_for
+from llmshearing.families import folded_config, table_for
 from llmshearing.masks import hard_concrete
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
 from llmshearing.selection_io import save_selection
@@ -84,20 +84,15 @@ def fold_checkpoint(
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
-    shape = folded_shape(masks.table, selection)
     makers = list(fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks))
     with torch.no_grad():
         weights = {name: make() for name, make in tqdm(makers, desc="folding", unit="tensor")}
-    config = {**checkpoint.info.hf_config, **shape, **_head_dim(masks.table)}
+    config = folded_config(checkpoint.info.hf_config, masks.table, selection)
+    shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
     info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
     _table(info).check({name: tuple(value.shape) for name, value in weights.items()})
     return weights, info, selection
-
-
-def _head_dim(table: Table) -> dict[str, int]:
-    """Never cut, and no longer hidden / heads: written out."""
-    return {"head_dim": table.config_axes["num_attention_heads"][1]}
 
 
 def _table(info: CheckpointInfo) -> Table:

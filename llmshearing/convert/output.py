@@ -23,7 +23,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json")
+# What the prune command keeps beside a model.
+SELECTION, REPORT = "selection.safetensors", "prune.json"
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
+    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}"
+)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

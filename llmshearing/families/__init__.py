@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmshearing.axes import Table
+from llmshearing.axes import Selection, Table, folded_shape
 from llmshearing.errors import ShearingError
 from llmshearing.families.llama import llama_table
+from llmshearing.families.mistral import mistral_table
+from llmshearing.families.qwen2 import qwen2_table
 
-FAMILIES: dict[str, Callable[..., Table]] = {"llama": llama_table}
+FAMILIES: dict[str, Callable[..., Table]] = {"llama": llama_table, "mistral": mistral_table, "qwen2": qwen2_table}
+# Keys of a config that hold a list with an entry per layer.
+PER_LAYER_KEYS = ("layer_types",)
 
 
 def table_for(config: Any, head_mode: str = "group") -> Table:
@@ -29,3 +33,19 @@ def table_for(config: Any, head_mode: str = "group") -> Table:
             "llmshearing/families/llama.py"
         )
     return FAMILIES[family](config, head_mode)
+
+
+def folded_config(config: Mapping[str, Any], table: Table, selection: Selection) -> dict[str, Any]:
+    """The folded model's config, of the source's: its shape, head_dim (never cut), and the kept layers' entries.
+
+    Raises:
+        ShearingError: as :func:`llmshearing.axes.folded_shape`.
+    """
+    shape = folded_shape(table, selection)
+    shape["head_dim"] = table.config_axes["num_attention_heads"][1]  # no longer hidden / heads: written out
+    return {**config, **shape, **kept_entries(config, selection.kept_layers(table.layers))}
+
+
+def kept_entries(config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
+    """Those keys of a config that list something for each layer, for the kept layers."""
+    return {key: [config[key][layer] for layer in kept] for key in PER_LAYER_KEYS if config.get(key)}

@@ -80,7 +80,7 @@ def _attention(config: Any) -> list[TensorSpec]:
         TensorSpec(at + "v_proj.weight", ("kv", "hidden"), (), block, counted=True),
         TensorSpec(at + "o_proj.weight", out, out, block, scaled=True, counted=True),
     ]
-    if config.attention_bias:
+    if getattr(config, "attention_bias", False):
         rows += [
             TensorSpec(at + "q_proj.bias", ("query",), (), block, counted=True),
             TensorSpec(at + "k_proj.bias", ("kv",), (), block, counted=True),
@@ -98,7 +98,7 @@ def _mlp(config: Any) -> list[TensorSpec]:
         TensorSpec(mlp + "up_proj.weight", ("intermediate", "hidden"), (), block, counted=True),
         TensorSpec(mlp + "down_proj.weight", down, down, block, scaled=True, counted=True),
     ]
-    if config.mlp_bias:
+    if getattr(config, "mlp_bias", False):
         rows += [
             TensorSpec(mlp + "gate_proj.bias", ("intermediate",), (), block, counted=True),
             TensorSpec(mlp + "up_proj.bias", ("intermediate",), (), block, counted=True),

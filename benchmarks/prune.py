@@ -1,0 +1,187 @@
+"""All pruners on one source at the same number of block parameters: perplexity by domain, before and after training on.
+
+    python -m benchmarks.prune --source DIR --data MDS --output DIR [--ratios 0.25 0.5] [--steps 60]
+        [--models sheared=DIR ...] [--threads 1]
+
+Every model is evaluated on the same sequences of `eval_merge`; continued pretraining is the same for all: AdamW, the
+same sequences of `for_ft` in the same order. ``--models`` adds models that exist, such as what a shearing run folds to.
+Methods that choose by sequences see `for_prune` only. Writes results.json, table.txt and perplexity.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import trange
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmshearing.data.loader import build_eval_dataloader
+from llmshearing.data.shards import MdsDirectory
+from llmshearing.evaluation import domain_losses
+from llmshearing.prune import SequenceOptions, prune
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "random": ("random", {}),
+    "activation": ("activation", {}),
+    "obs": ("obs", {}),
+    "depth window": ("depth", {"by": "window"}),
+    "depth greedy": ("depth", {"by": "greedy"}),
+    "depth influence": ("depth", {"by": "influence"}),
+}
+
+
+def load(path: Path | str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+class Bench:
+    """Data and settings that all models share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.data, self.arguments = Path(arguments.data), arguments
+        manifest = json.loads((self.data / "manifest.json").read_text())
+        self.length = manifest["request"]["options"]["max_seq_len"]
+        self.domains = sorted(manifest["splits"]["for_ft"])
+
+    def losses(self, model: PreTrainedModel) -> dict[str, float]:
+        spec = build_eval_dataloader(
+            local=self.data, split="eval_merge", set_names=self.domains, batch_size=8, max_seq_len=self.length,
+            vocab_size=model.config.vocab_size, subset_num_batches=self.arguments.eval_batches,
+        )  # fmt: skip
+        found = domain_losses(model, spec.dataloader, self.domains)
+        found["mean"] = sum(found[name] for name in self.domains) / len(self.domains)  # domains count alike
+        return found
+
+    def sequences(self, vocab_size: int) -> torch.Tensor:
+        """int64 [steps * batch, T]: the domains in turn, from places spread over each."""
+        number = self.arguments.steps * self.arguments.batch
+        share = math.ceil(number / len(self.domains))
+        columns = []
+        for domain in self.domains:
+            directory = MdsDirectory(self.data / "for_ft" / domain, self.length, vocab_size)
+            places = np.random.default_rng(0).permutation(len(directory))[np.arange(share) % len(directory)]
+            columns.append(np.stack([directory[int(place)][0] for place in places]))
+        return torch.from_numpy(np.stack(columns, 1).reshape(-1, self.length)[:number])
+
+    def train(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A short continued pretraining: AdamW, warm-up of a tenth, then cosine to zero."""
+        steps, rate = self.arguments.steps, self.arguments.lr
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+        ids = self.sequences(model.config.vocab_size).split(self.arguments.batch)
+        model.train()
+        for step in trange(steps, desc="continued pretraining", unit="step"):
+            progress = (step + 1) / steps
+            scale = min(progress / 0.1, 0.5 * (1 + math.cos(math.pi * progress)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            logits = model(input_ids=ids[step], use_cache=False).logits[:, :-1]
+            F.cross_entropy(logits.flatten(0, 1), ids[step][:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    def row(self, path: Path | str) -> dict[str, Any]:
+        model = load(path)
+        row = {"parameters": model.num_parameters(), "before": self.losses(model)}
+        if self.arguments.steps:
+            row["after"] = self.losses(self.train(model))
+        return row
+
+
+def make(arguments: argparse.Namespace) -> dict[str, tuple[float, Path]]:
+    """label -> (ratio, directory) of every pruned model; those that exist are kept."""
+    made = {}
+    sequences = SequenceOptions(samples=arguments.samples, report_samples=8)
+    for ratio in arguments.ratios:
+        for label in arguments.methods:
+            method, options = CASES[label]
+            output = arguments.output / f"{label.replace(' ', '-')}-{ratio:g}"
+            if not output.exists():
+                prune(
+                    method, arguments.source, output, {"ratio": ratio}, calibration=arguments.data,
+                    sequences=sequences, **options,
+                )  # fmt: skip
+            made[f"{label} {ratio:g}"] = (ratio, output)
+    return made
+
+
+def table(rows: dict[str, dict[str, Any]], domains: list[str]) -> str:
+    """Perplexity by domain and their geometric mean."""
+    names = [*domains, "mean"]
+    lines = [f"{'':28}{'parameters':>12}" + "".join(f"{name:>10}" for name in names)]
+    for label, row in rows.items():
+        for stage in ("before", "after"):
+            if stage in row:
+                title = label + (", trained on" if stage == "after" else "")
+                cells = "".join(f"{math.exp(row[stage][name]):>10.2f}" for name in names)
+                lines.append(f"{title:28}{row['parameters']:>12,}{cells}")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> None:
+    """A panel per domain and one of the mean: perplexity against parameters, before (circles) and after (crosses)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [*domains, "mean"]
+    figure, panels = plt.subplots(2, math.ceil(len(names) / 2), figsize=(4 * math.ceil(len(names) / 2), 8))
+    kinds = list(dict.fromkeys(row["method"] for row in rows.values()))
+    for panel, name in zip(panels.flat, names, strict=False):
+        for number, kind in enumerate(kinds):
+            of_kind = sorted((r for r in rows.values() if r["method"] == kind), key=lambda row: row["parameters"])
+            for stage, mark in (("before", "o-"), ("after", "x--")):
+                points = [(row["parameters"] / 1e6, math.exp(row[stage][name])) for row in of_kind if stage in row]
+                if points:
+                    label = kind if stage == "before" else None
+                    panel.plot(*zip(*points, strict=True), mark, color=f"C{number}", label=label)
+        panel.set(title=name, yscale="log", xlabel="parameters, millions", ylabel="perplexity")
+    panels.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="Hugging Face directory")
+    parser.add_argument("--data", required=True, help="directory of the data command")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="of block parameters to remove")
+    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), help="(all)")
+    parser.add_argument("--samples", type=int, default=128, help="sequences to choose by (%(default)s)")
+    parser.add_argument("--eval_batches", type=int, default=28, help="of 8 sequences (%(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="of continued pretraining (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step (%(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (%(default)s)")
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=DIR", help="further models to compare")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments)
+    paths: dict[str, tuple[str, Path]] = {"source": ("source", Path(arguments.source))}
+    paths |= {label: (label.rpartition(" ")[0], path) for label, (_, path) in make(arguments).items()}
+    paths |= {name: (name, Path(path)) for name, _, path in (item.partition("=") for item in arguments.models)}
+    rows: dict[str, dict[str, Any]] = {}
+    for label, (method, path) in paths.items():
+        rows[label] = {"method": method, **bench.row(path)}
+        (arguments.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    text = table(rows, bench.domains)
+    (arguments.output / "table.txt").write_text(text + "\n")
+    plot(rows, bench.domains, arguments.output / "perplexity.png")
+    print(text)
+    print(f"wrote results.json, table.txt and perplexity.png to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

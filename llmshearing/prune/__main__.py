@@ -1,0 +1,135 @@
+"""The command: `python -m llmshearing.prune METHOD --model HF_DIR --output DIR --target ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmshearing.convert.arguments import parse_pairs
+from llmshearing.errors import ShearingError
+from llmshearing.prune.run import prune
+from llmshearing.prune.sequences import SequenceOptions
+from llmshearing.pruners import METHODS
+from llmshearing.pruners.targets import DROP, RATIO
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = """examples:
+  python -m llmshearing.prune random --model models/source --output out/random \\
+      --target hidden_size=192 num_attention_heads=6 intermediate_size=512 --tp 2
+  python -m llmshearing.prune activation --model models/source --output out/narrow --ratio 0.25 --calibration data/mds
+  python -m llmshearing.prune depth --model out/narrow --output out/small --drop_layers 3 4
+  python -m llmshearing.prune depth --model facebook/opt-125m --output out/opt --delete_layer_num 2 \\
+      --model_decoder_layers model.decoder.layers --calibration text.txt
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A subcommand for each method."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llmshearing.prune",
+        description="Prune a Hugging Face model in one shot and write the result as one.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
+    for method in METHODS.values():
+        command = commands.add_parser(
+            method.name,
+            help=method.help,
+            description=f"{method.help}. Can change: {', '.join(method.keys)}.",
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _common(command)
+        own = command.add_argument_group(f"options of {method.name}")
+        if method.any_decoder:
+            own.add_argument("--delete_layer_num", type=int, metavar="K", help="layers to drop, in place of a target")
+        if method.add_options is not None:
+            method.add_options(own)  # type: ignore[arg-type]
+    return parser
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="Hugging Face directory, or name on the hub")
+    command.add_argument("--output", required=True, help="directory to write")
+    command.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="shape in the config's keys, or a JSON or YAML file with such keys; absent keys stay",
+    )
+    command.add_argument("--ratio", type=float, help="in place of a target: part of what is cut to remove, as 0.25")
+    command.add_argument("--drop_layers", type=int, nargs="+", metavar="N", help="layers to drop, by number from 0")
+    command.add_argument("--calibration", metavar="PATH", help="MDS data of the data command, JSONL, or plain text")
+    command.add_argument("--samples", type=int, default=64, help="sequences to choose by (%(default)s)")
+    command.add_argument(
+        "--report_samples", type=int, default=64, help="other sequences, to measure perplexity on (%(default)s)"
+    )
+    command.add_argument("--max_seq_len", type=int, help="tokens (default: what MDS data has, else 512)")
+    command.add_argument("--batch_size", type=int, default=4, help="sequences at once (%(default)s)")
+    command.add_argument("--select_split", default="for_prune", help="of MDS data, to choose by (%(default)s)")
+    command.add_argument("--report_split", default="eval_merge", help="of MDS data, to report on (%(default)s)")
+    command.add_argument("--text_field", default="text", help="of JSONL (%(default)s)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    command.add_argument("--save_gpu_memory", action="store_true", help="have one layer at a time on the device")
+    command.add_argument("--pad", action="store_true", help="fill layers of unequal sizes with zeros to the largest")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+
+
+def read_target(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the target out of the command line's values.
+
+    Raises:
+        ShearingError: a file cannot be read or holds no keys; a key is given twice; or nothing is asked for.
+    """
+    texts = options.pop("target")
+    files = [text for text in texts if "=" not in text]
+    target = parse_pairs(text for text in texts if "=" in text)
+    extra = {key: options.pop(key, None) for key in (RATIO, DROP, "delete_layer_num")}
+    parts = [*(_read_file(Path(file)) for file in files), {k: v for k, v in extra.items() if v is not None}]
+    for part in parts:
+        if both := sorted(set(part) & set(target)):
+            raise ShearingError(f"target key {', '.join(both)} is given twice")
+        target |= part
+    if not target:
+        raise ShearingError("nothing to prune: give --target key=value ..., --target FILE, --ratio or --drop_layers")
+    return target
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ShearingError(f"target {path} is no key=value, and cannot be read as a file: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ShearingError(f"target {path} must hold keys and values, such as {json.dumps({'hidden_size': 192})}")
+    return loaded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    options = vars(build_parser().parse_args(argv))
+    try:
+        target = read_target(options)
+        sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
+        prune(options.pop("method"), target=target, sequences=sequences, **options)
+    except (ShearingError, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

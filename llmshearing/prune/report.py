@@ -1,0 +1,102 @@
+"""What a model costs and how well it predicts: before, after, and the table of both."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmshearing.pruners.calibration import Calibration
+from llmshearing.pruners.decoder import batch_loss
+
+CONTEXT = 128  # tokens of the sequence whose FLOPs are counted
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one model. bytes: of its weights as stored. flops_per_token: forward, 2 a multiply-add, at CONTEXT tokens."""
+
+    parameters: int
+    bytes: int
+    flops_per_token: float
+    perplexity: float | None
+
+
+def measure(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    calibration: Calibration | None,
+    reencode: Callable[[list[int]], list[int]] | None = None,
+) -> Measures:
+    """Count and, with a calibration, evaluate on its reporting part.
+
+    Args:
+        dtype: in which the weights are stored. reencode: see :func:`perplexity_of`.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    perplexity = None if calibration is None else perplexity_of(model, calibration, reencode)
+    return Measures(parameters, parameters * dtype.itemsize, flops_per_token(model), perplexity)
+
+
+@torch.no_grad()
+def flops_per_token(model: PreTrainedModel) -> float:
+    """FLOPs of a forward pass of one sequence of CONTEXT tokens, by token; counted by torch as they happen."""
+    length = min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT))
+    ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        model(input_ids=ids, use_cache=False)
+    return counter.get_total_flops() / length
+
+
+def perplexity_of(
+    model: PreTrainedModel, calibration: Calibration, reencode: Callable[[list[int]], list[int]] | None = None
+) -> float:
+    """exp of the mean loss on the reporting part, by token of the source's tokenizer.
+
+    reencode: ids of the source's tokenizer -> the model's, where it has another; lengths then differ, and a loss still
+    counts for the source's tokens, so that perplexities before and after can be compared.
+    """
+    batches = [*calibration.batches("report")]
+    if reencode is not None:
+        batches = [torch.tensor([reencode(row.tolist())]) for batch in batches for row in batch]
+    total = 0.0  # nats
+    for batch in tqdm(batches, desc="perplexity", unit="batch"):
+        total += batch_loss(model, batch) * batch.shape[0] * (batch.shape[1] - 1)
+    return math.exp(total / (len(calibration.report) * (calibration.report.shape[1] - 1)))
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where one was used, else of this process since its start."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table_of(before: Measures, after: Measures, seconds: float, memory: int, split: str | None) -> str:
+    """The closing table."""
+    rows = [
+        ("parameters", before.parameters, after.parameters, "{:,}"),
+        ("bytes", before.bytes, after.bytes, "{:,}"),
+        (f"FLOPs/token at {CONTEXT}", before.flops_per_token, after.flops_per_token, "{:,.0f}"),
+    ]
+    if before.perplexity is not None and after.perplexity is not None:
+        rows.append(("perplexity", before.perplexity, after.perplexity, "{:,.3f}"))
+    lines = [f"{'':20}{'before':>18}{'after':>18}{'change':>9}"]
+    for name, old, new, form in rows:
+        lines.append(f"{name:20}{form.format(old):>18}{form.format(new):>18}{new / old - 1:>+9.1%}")
+    lines += [f"{'seconds':20}{seconds:>36.1f}", f"{'peak memory, bytes':20}{memory:>36,}"]
+    return "\n".join(lines + ([f"perplexity on {split}"] if split and before.perplexity is not None else []))
+
+
+def as_plain(before: Measures, after: Measures) -> dict[str, Any]:
+    """For JSON."""
+    return {"before": asdict(before), "after": asdict(after)}

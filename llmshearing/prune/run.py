@@ -1,0 +1,218 @@
+"""The Python call: load, choose, fold, measure, write.
+
+    source directory -> model (float32) -> Choice -> fold -> model in the source's dtype -> directory
+                          |                            |
+                        perplexity before            perplexity after
+
+The directory is a plain Hugging Face model, so methods chain. Beside it: `selection.safetensors` (what was chosen) and
+`prune.json` (how, and the table).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from llmshearing.axes import Table
+from llmshearing.convert.hf import load_hf_model, looks_local
+from llmshearing.convert.output import REPORT, check_directory
+from llmshearing.errors import ShearingError
+from llmshearing.families import FAMILIES, table_for
+from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
+from llmshearing.prune.results import folded, shortened, write
+from llmshearing.prune.sequences import SequenceOptions, read_calibration
+from llmshearing.pruners import METHODS, Calibration, Choice, Method
+from llmshearing.pruners.decoder import find_decoder, layer_by_layer
+from llmshearing.pruners.targets import DROP, Target, resolve_target
+
+log = logging.getLogger(__name__)
+
+# Quark's names: they may stand in a target file, as they do in its config.json.
+QUARK_NUMBER = "delete_layer_num"
+QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came out."""
+
+    path: Path
+    before: Measures
+    after: Measures
+    seconds: float
+    """From the start to the written directory."""
+    choice: Choice
+
+
+def prune(
+    method: str,
+    model: Path | str,
+    output: Path | str,
+    target: Mapping[str, Any],
+    *,
+    calibration: Path | str | None = None,
+    sequences: SequenceOptions = SequenceOptions(),  # noqa: B008 - frozen
+    device: str = "cpu",
+    save_gpu_memory: bool = False,
+    pad: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Pruned:
+    """Prune a Hugging Face model and write the result as one.
+
+    Args:
+        method: one of `llmshearing.pruners.METHODS`. model: directory, or name on the hub.
+        target: keys of the config that shrink, ``drop_layers``, or ``ratio``; see `llmshearing.pruners.targets`.
+        calibration: MDS data, JSONL or text; see `llmshearing.prune.sequences`. Without it there is no perplexity.
+        device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
+        pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
+        options: the method's own.
+
+    Raises:
+        ShearingError: bad input, as the message says; nothing is written then.
+    """
+    start, output = time.perf_counter(), Path(output)
+    check_directory(output, overwrite)
+    if Path(model).exists() and output.resolve() == Path(model).resolve():
+        raise ShearingError(f"output {output} is the source; give another directory")
+    plan = make_plan(method, _config(model), {"save_gpu_memory": save_gpu_memory, **target}, options)
+    data = _calibration(calibration, model, plan.config, sequences)
+    if data is None and plan.method.needs_calibration(plan.options):
+        raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
+    source = load_hf_model(model, torch.float32).eval()
+    table = plan.table if plan.table.tensors else None
+    with placed(source, device, plan):
+        before = measure(source, plan.dtype, data)
+        choice = plan.method.choose(source, table, plan.target.shape, data, **plan.options)
+    result = folded(source, table, choice, plan.dtype, pad) if table else shortened(source, plan.table, choice)
+    with placed(result.model, device, plan):
+        after = measure(result.model, plan.dtype, data, choice.reencode)
+    split = data.report_name if data is not None else None
+    record = {
+        **{"method": method, "source": str(model), "target": dict(target), "options": plan.options, "split": split},
+        **as_plain(before, after),
+        "history": [*_history(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
+    }
+    with _tokenizer(model, choice) as tokenizer:
+        write(result, output, plan.dtype, choice, record, tokenizer=tokenizer, overwrite=overwrite)
+    seconds = time.perf_counter() - start
+    log.info("%s", table_of(before, after, seconds, peak_memory(), split))
+    log.info("wrote the pruned model and its selection to %s", output)
+    return Pruned(output, before, after, seconds, choice)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be done, checked. table: without tensors for a decoder that has no table."""
+
+    method: Method
+    config: PretrainedConfig
+    table: Table
+    target: Target
+    options: dict[str, Any]
+    one_layer: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the source is stored, and the result."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+
+def make_plan(name: str, config: PretrainedConfig, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:
+    """Method, table and whole target; raises as :func:`prune`."""
+    method, wanted, options = _method(name), dict(target), dict(options)
+    one_layer = bool(wanted.pop("save_gpu_memory"))
+    if method.any_decoder:
+        options |= {key: wanted.pop(key) for key in QUARK_OPTIONS if key in wanted}
+    table = _table(config, method, options)
+    if QUARK_NUMBER in wanted and method.any_decoder:
+        wanted[table.layers_key] = table.layers - wanted.pop(QUARK_NUMBER)
+    resolved = resolve_target(wanted, table, method)
+    if table.tensors:
+        table = table_for(config, resolved.head_mode)
+    if resolved.drop_layers is not None:
+        options[DROP] = resolved.drop_layers
+    return Plan(method, config, table, resolved, options, one_layer)
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ShearingError(f"method {name!r} is unknown; there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _config(model: Path | str) -> PretrainedConfig:
+    if looks_local(model) and not (Path(model) / "config.json").is_file():
+        raise ShearingError(f"model {model} is no Hugging Face directory: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ShearingError(f"the config of {model} cannot be loaded: {error}") from error
+
+
+def _table(config: PretrainedConfig, method: Method, options: Mapping[str, Any]) -> Table:
+    """The family's table; for a decoder without one, a table that knows the number of layers and nothing else."""
+    if config.model_type in FAMILIES or not method.any_decoder:
+        return table_for(config)
+    key = options.get("layer_num_field") or "num_hidden_layers"
+    layers = getattr(config, key, None)
+    if not isinstance(layers, int):
+        numbers = [name for name, value in config.to_dict().items() if "layer" in name and isinstance(value, int)]
+        raise ShearingError(f"layer_num_field {key}: the config has no such number; it has {', '.join(numbers)}")
+    return Table(config.model_type, layers, kinds={}, axes={}, tensors=(), config_axes={}, layers_key=key)
+
+
+def _calibration(
+    path: Path | str | None, model: Path | str, config: PretrainedConfig, options: SequenceOptions
+) -> Calibration | None:
+    if path is None:
+        return None
+    longest = getattr(config, "max_position_embeddings", None) or 1 << 30
+    return read_calibration(path, model, config.vocab_size, longest, options)
+
+
+def _history(model: Path | str) -> list[str]:
+    """How the source was pruned before, where it was."""
+    try:
+        return list(json.loads((Path(model) / REPORT).read_text())["history"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+@contextmanager
+def placed(model: PreTrainedModel, device: str, plan: Plan) -> Iterator[None]:
+    """The model on a device, whole or one layer at a time; on the CPU afterwards."""
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ShearingError(f"device {device}: torch finds no GPU; give --device cpu")
+    if plan.one_layer:
+        fields = plan.options.get("model_decoder_layers"), plan.options.get("layer_norm_field"), plan.table.layers_key
+        with layer_by_layer(model, find_decoder(model, *fields).layers, place):
+            yield
+        return
+    try:
+        model.to(place)
+        yield
+    finally:
+        model.to("cpu")
+
+
+@contextmanager
+def _tokenizer(model: Path | str, choice: Choice) -> Iterator[Path | str]:
+    """Where the result's tokenizer is."""
+    if choice.write_tokenizer is None:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        choice.write_tokenizer(Path(folder))
+        yield folder

@@ -1,0 +1,125 @@
+"""Importance from forward passes only (Minitron, arXiv 2407.14679): width first, then depth in the narrower model.
+
+    channel    sqrt(sum over sequences of (mean over tokens of |a|)^2)
+    heads      a = inputs of o_proj; L2 over the unit's channels (a KV group's heads, or one query head of a group)
+    MLP units  a = inputs of down_proj
+    hidden     a = outputs of every norm, scores summed over the norms
+    layers     block influence, measured with the width already cut
+
+Which tensors these are is read from the table. Shape legend: B sequences, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmshearing.axes import Selection, Table
+from llmshearing.errors import ShearingError
+from llmshearing.masks.l0 import selection_from_gates
+from llmshearing.pruners.base import WIDTH, Choice, Method
+from llmshearing.pruners.calibration import Calibration
+from llmshearing.pruners.depth import block_influence, drop_least, narrowed
+from llmshearing.pruners.random import keep_highest, layer_gates
+
+
+def choose(
+    model: PreTrainedModel,
+    table: Table,
+    target: Mapping[str, int],
+    calibration: Calibration | None,
+    *,
+    drop_layers: Sequence[int] | None = None,
+) -> Choice:
+    """Keep the most important units of each row.
+
+    Raises:
+        ShearingError: there is no calibration.
+    """
+    if calibration is None:
+        raise ShearingError("activation importance needs sequences to look at: --calibration")
+    wanted = table.units(target)
+    scores = importance(model, table, calibration)
+    gates = {
+        kind: keep_highest(score.unflatten(-1, (-1, table.kinds[kind].size)), wanted[kind]).reshape(score.shape)
+        for kind, score in scores.items()
+        if wanted[kind] < table.kinds[kind].size
+    }
+    about: dict[str, Any] = {"scores": {kind: score.tolist() for kind, score in scores.items() if kind in gates}}
+    if drop_layers is None and target[table.layers_key] < table.layers:
+        with narrowed(model, table, selection_from_gates(table, gates)):
+            influence = block_influence(model, calibration)
+        drop_layers = drop_least(influence, table.layers - target[table.layers_key])
+        about["block_influence"] = influence.tolist()
+    if drop_layers is not None:
+        gates["layer"] = layer_gates(table.layers, drop_layers)
+    selection: Selection = selection_from_gates(table, gates)
+    return Choice(selection, about)
+
+
+def importance(model: PreTrainedModel, table: Table, calibration: Calibration) -> dict[str, Tensor]:
+    """kind -> score of each unit, float64 on the CPU, in the shape of :meth:`llmshearing.axes.Kind.shape`."""
+    squares: dict[tuple[str, int | None, str], Tensor] = {}  # (kind, layer, module) -> sum of squares [C]
+    hooks = [
+        hook
+        for kind, layer, path, reads in watched(table)
+        for hook in [_watch(model.get_submodule(path), squares, (kind, layer, path), reads)]
+    ]
+    try:
+        with torch.no_grad():
+            for batch in tqdm([*calibration.batches()], desc="activations", unit="batch"):
+                model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _scores(table, squares)
+
+
+def watched(table: Table) -> list[tuple[str, int | None, str, bool]]:
+    """(kind, layer, path of a module, whether its input is meant or its output) of every activation that is scored."""
+    found = []
+    for name, spec, layer in table.instances():
+        path, axis = name.rpartition(".")[0], table.axes[spec.axes[-1]]
+        kind = table.kinds.get(axis.kind or "")
+        if kind is None or not name.endswith(".weight") or spec.alias is not None:
+            continue
+        if kind.rows is None and len(spec.axes) == 1:  # a norm of the residual stream
+            found.append((kind.name, layer, path, False))
+        elif kind.rows is not None and len(spec.axes) == 2 and spec.axes[-1] in spec.gates:
+            found.append((kind.name, layer, path, True))
+    return found
+
+
+def _watch(module: nn.Module, squares: dict[Any, Tensor], key: tuple[str, int | None, str], reads: bool) -> Any:
+    def add(activation: Tensor) -> None:  # [B, T, C]
+        square = activation.abs().mean(1, dtype=torch.float64).square().sum(0).cpu()
+        squares[key] = squares[key] + square if key in squares else square
+
+    before: Callable[..., None] = lambda module, inputs: add(inputs[0])  # noqa: E731
+    after: Callable[..., None] = lambda module, inputs, output: add(output)  # noqa: E731
+    return module.register_forward_pre_hook(before) if reads else module.register_forward_hook(after)
+
+
+def _scores(table: Table, squares: Mapping[tuple[str, int | None, str], Tensor]) -> dict[str, Tensor]:
+    scores: dict[str, Tensor] = {}
+    for (name, layer, _), square in squares.items():
+        kind = table.kinds[name]
+        if kind.rows is None:
+            scores[name] = scores.get(name, torch.zeros(kind.size, dtype=torch.float64)) + square.sqrt()
+        else:
+            units = square.view(kind.rows * kind.size, -1).sum(-1).sqrt()
+            scores.setdefault(name, torch.zeros(kind.shape(table.layers), dtype=torch.float64))[layer] = units
+    return scores
+
+
+METHOD = Method(
+    name="activation",
+    choose=choose,
+    help="most active units (Minitron), width before depth",
+    keys=("hidden_size", *WIDTH, "num_hidden_layers"),
+)

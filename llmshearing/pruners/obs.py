@@ -1,0 +1,174 @@
+"""Optimal brain surgery on whole heads and intermediate units, layer by layer (SlimGPT, arXiv 2412.18110).
+
+Of each block the tensor that the table has as scaled and counted (o_proj, down_proj) reads the units to choose from:
+
+    for each layer, on what the pruned layers before it write:
+        o_proj:     H = 2 X X^T of its inputs -> heads go one at a time (grouped queries: by the table's head kind)
+        down_proj:  H of its inputs behind the pruned attention -> units go in groups that shrink
+        the weights that stay make up for what went; removed columns become 0
+
+The model's weights are changed in place; the selection has gates 0 or 1, and the one fold cuts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmshearing.axes import BLOCKS, Kind, Selection, Table, TensorSpec, Units
+from llmshearing.errors import ShearingError
+from llmshearing.pruners.base import WIDTH, Choice, Method
+from llmshearing.pruners.calibration import Calibration
+from llmshearing.pruners.linalg import damped_inverse, remove_units
+from llmshearing.pruners.obs_layers import hidden_states
+from llmshearing.pruners.obs_plan import STRATEGIES, UNIFORM, check_options, layer_counts
+
+# Sizes of the first and of the last groups of intermediate units.
+LARGEST, SMALLEST = 1024, 8
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A tensor whose columns are pruned. width: columns of a unit."""
+
+    spec: TensorSpec
+    kind: Kind
+    width: int
+
+    def name(self, layer: int) -> str:
+        return self.spec.name.format(layer=layer)
+
+    def linear(self, model: nn.Module, layer: int) -> nn.Linear:
+        module = model.get_submodule(self.name(layer).rpartition(".")[0])
+        if not isinstance(module, nn.Linear):
+            raise ShearingError(f"{self.name(layer)}: OBS needs an nn.Linear, this is a {type(module).__name__}")
+        return module
+
+
+def projections(table: Table) -> list[Projection]:
+    """The projections that read units of a kind that every layer chooses for itself, in the order of the blocks."""
+    found = []
+    for spec in sorted(table.tensors, key=lambda spec: BLOCKS.index(spec.block) if spec.block else -1):
+        axis = table.axes[spec.axes[-1]]
+        if spec.scaled and spec.counted and len(spec.axes) == 2 and axis.kind is not None:
+            kind = table.kinds[axis.kind]
+            if kind.rows is not None:
+                found.append(Projection(spec, kind, axis.per_unit))
+    return found
+
+
+@torch.no_grad()
+def choose(
+    model: PreTrainedModel,
+    table: Table,
+    target: Mapping[str, int],
+    calibration: Calibration | None,
+    *,
+    percdamp: float = 0.01,
+    minlayer: int = 0,
+    maxlayer: int | None = None,
+    ratios: str = UNIFORM,
+    min_ratio: float | None = None,
+    offload: Path | str | None = None,
+) -> Choice:
+    """Remove heads and intermediate units and move the weights that stay; changes ``model``.
+
+    Args:
+        percdamp: added to the Hessian's diagonal, in parts of its mean. minlayer, maxlayer: layers from the first of
+            these to before the second are pruned; each kind's mean ratio over them is the target's.
+        ratios: "uniform" or "log_increase". min_ratio: of the first layer (see obs_plan).
+        offload: directory for a temporary file with the hidden states of all sequences; None keeps them in memory.
+
+    Raises:
+        ShearingError: options or target do not fit; a Hessian is singular (layer and tensor are named).
+    """
+    if calibration is None:
+        raise ShearingError("obs needs calibration sequences")
+    maxlayer = table.layers if maxlayer is None else maxlayer
+    check_options(table.layers, minlayer, maxlayer, ratios, min_ratio, percdamp)
+    counts = _counts(table, target, range(minlayer, maxlayer), ratios, min_ratio)
+    kept: dict[str, dict[int, Tensor]] = {kind: {} for kind in counts}
+    with hidden_states(model, table, calibration, maxlayer, offload) as running:
+        for number in tqdm(range(maxlayer), desc="OBS", unit="layer"):
+            for projection in projections(table):
+                if remove := counts.get(projection.kind.name, {}).get(number, 0):
+                    linear = projection.linear(model, number)
+                    hessian = running.hessian(number, linear)
+                    kept[projection.kind.name][number] = _prune(projection, number, linear, hessian, remove, percdamp)
+            if number + 1 < maxlayer:
+                running.advance(number)
+    units = {kind: tuple(_units(table, kind, number, kept[kind]) for number in range(table.layers)) for kind in counts}
+    removed = {kind: [by_layer.get(number, 0) for number in range(table.layers)] for kind, by_layer in counts.items()}
+    return Choice(Selection(units), {"percdamp": percdamp, "ratios": ratios, "removed": removed})
+
+
+def _counts(
+    table: Table, target: Mapping[str, int], layers: Sequence[int], strategy: str, min_ratio: float | None
+) -> dict[str, dict[int, int]]:
+    """kind -> layer -> units to remove of each of its rows; kinds that the target cuts only."""
+    source, wanted = table.shape(), table.units(target)
+    prunable = {projection.kind.name for projection in projections(table)}
+    other = [key for key, value in target.items() if value != source[key] and _kind(table, key) not in prunable]
+    if other:
+        raise ShearingError(f"obs cannot change {', '.join(other)}: prune these by another method before or after")
+    counts = {}
+    for kind in sorted(prunable):
+        size = table.kinds[kind].size
+        if wanted[kind] < size:
+            of_layer = layer_counts(strategy, size, size - wanted[kind], len(layers), min_ratio)
+            counts[kind] = dict(zip(layers, of_layer, strict=True))
+    return counts
+
+
+def _kind(table: Table, key: str) -> str | None:
+    """Kind of unit that a key of the config counts; keys and values follow the heads."""
+    return table.axes[table.config_axes[key][0]].kind if key in table.config_axes else None
+
+
+def _units(table: Table, kind: str, layer: int, kept: Mapping[int, Tensor]) -> Units:
+    whole = torch.arange(table.kinds[kind].size * (table.kinds[kind].rows or 1))
+    return Units(kept.get(layer, whole).cpu())
+
+
+def _prune(
+    projection: Projection, layer: int, linear: nn.Linear, hessian: Tensor, remove: int, percdamp: float
+) -> Tensor:
+    """Kept units of one tensor, whose weight is changed."""
+    groups = {"largest": LARGEST, "smallest": SMALLEST} if projection.width == 1 else {}
+    try:
+        inverse = damped_inverse(hessian, percdamp)
+        kept, weight = remove_units(
+            linear.weight.to(hessian), inverse, remove, width=projection.width, rows=projection.kind.rows or 1,
+            **groups,
+        )  # fmt: skip
+    except ShearingError as error:
+        raise ShearingError(f"layer {layer}, {projection.name(layer)}: {error}") from error
+    linear.weight.copy_(weight)
+    return kept
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--percdamp", type=float, default=0.01, help="damping, in parts of the mean diagonal (0.01)")
+    parser.add_argument("--minlayer", type=int, default=0, help="first layer to prune (0)")
+    parser.add_argument("--maxlayer", type=int, help="layer before which pruning stops (all)")
+    parser.add_argument(
+        "--ratios", choices=STRATEGIES, default=UNIFORM, help="of layers: the same, or more in later ones"
+    )
+    parser.add_argument("--min_ratio", type=float, help="log_increase: ratio of the first layer (5/16 of the mean)")
+    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep hidden states in a temporary file in DIR")
+
+
+METHOD = Method(
+    name="obs",
+    choose=choose,
+    help="least error after compensation, layer by layer (SlimGPT); changes the weights that stay",
+    keys=WIDTH,
+    add_options=_add_options,
+)

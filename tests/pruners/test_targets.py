@@ -1,0 +1,76 @@
+"""Targets: shapes, layers by number and ratios -> whole shapes; every problem named at once."""
+
+import pytest
+from helpers_oracle import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+from llmshearing.pruners import METHODS
+from llmshearing.pruners.targets import resolve_target
+
+RANDOM, DEPTH = METHODS["random"], METHODS["depth"]
+MHA, GQA = table_for(tiny_config()), table_for(tiny_config(num_key_value_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted", "heads", "mode"),
+    [
+        (MHA, {"num_attention_heads": 3}, (3, 3), "group"),
+        (MHA, {"num_key_value_heads": 3}, (3, 3), "group"),
+        (GQA, {"num_key_value_heads": 1}, (2, 1), "group"),
+        (GQA, {"num_attention_heads": 2}, (2, 2), "query"),
+        (GQA, {"num_attention_heads": 2, "num_key_value_heads": 1}, (2, 1), "group"),
+        (GQA, {"hidden_size": 4}, (4, 2), "group"),
+    ],
+)
+def test_heads_follow(table, wanted, heads, mode):
+    target = resolve_target(wanted, table, RANDOM)
+    assert (target.shape["num_attention_heads"], target.shape["num_key_value_heads"]) == heads
+    assert target.head_mode == mode
+
+
+def test_dropped_layers_set_the_number():
+    target = resolve_target({"drop_layers": [1]}, MHA, DEPTH)
+    assert target.shape["num_hidden_layers"] == 2 and target.drop_layers == [1]
+
+
+@given(st.floats(0.05, 0.9), st.sampled_from([1, 2, 4]), st.integers(8, 300))
+def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit(ratio, groups, intermediate):
+    config = tiny_config(num_key_value_heads=groups, intermediate_size=intermediate)
+    table = table_for(config)
+    shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
+    left = table_for(tiny_config(**{**shape})).count(counted_only=True)
+    wanted = (1 - ratio) * table.count(counted_only=True)
+    unit = 3 * config.hidden_size * config.num_hidden_layers
+    at_the_edge = shape["intermediate_size"] in (1, intermediate)
+    assert abs(left - wanted) <= unit / 2 + 1e-6 or at_the_edge
+
+
+def test_a_ratio_of_layers():
+    table = table_for(tiny_config(num_hidden_layers=8))
+    assert resolve_target({"ratio": 0.25}, table, DEPTH).shape["num_hidden_layers"] == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "says"),
+    [
+        (RANDOM, {"hiden_size": 4, "intermediate_size": 11}, ["hiden_size is unknown", "1 to the source's 10"]),
+        (RANDOM, {"hidden_size": 12}, ["source's own shape"]),
+        (RANDOM, {"vocab_size": 12}, ["does not change vocab_size"]),
+        (DEPTH, {"hidden_size": 4, "num_hidden_layers": 9}, ["does not change hidden_size", "1 to the source's 3"]),
+        (RANDOM, {"num_attention_heads": 3, "num_key_value_heads": 2}, ["whole groups"]),
+        (DEPTH, {"drop_layers": [0, 0]}, ["each once"]),
+        (DEPTH, {"drop_layers": [3]}, ["0 to 2"]),
+        (DEPTH, {"drop_layers": [0], "num_hidden_layers": 1}, ["leaves 2 of 3"]),
+        (RANDOM, {"ratio": 1.5}, ["above 0 and below 1"]),
+        (RANDOM, {"ratio": 0.5, "hidden_size": 3}, ["cannot be combined"]),
+        (RANDOM, {"hidden_size": True}, ["whole number"]),
+    ],
+)
+def test_bad_targets_say_what_would_be_right(method, wanted, says):
+    table = GQA if "num_key_value_heads" in wanted else MHA
+    with pytest.raises(ShearingError) as error:
+        resolve_target(wanted, table, method)
+    assert all(say in str(error.value) for say in says), error.value
