@@ -126,6 +126,7 @@ def test_a_stuck_worker_ends_in_an_error_after_the_timeout(domains):
     iterator = iter(loader)
     next(iterator)
     process = (set(multiprocessing.active_children()) - before).pop()
+    time.sleep(3)  # it has read ahead and waits: one that stops inside a write to its pipe cannot be timed out
     os.kill(process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(ShearingError, match="timed out"):
