@@ -186,9 +186,9 @@ def main() -> None:
     for name in sys.argv[1:] or BENCHES:
         results[name] = {key: float(f"{value:.4g}") for key, value in BENCHES[name]().items()}
         print(name, json.dumps(results[name], indent=1), flush=True)
-    results["machine"] = {"cores": CORES}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        results["machine"] = {"cores": CORES}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
