@@ -25,7 +25,13 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
     "examples": ["gguf>=0.17"],
+    # Parquet files as input of llmshearing.data.prepare
+    "parquet": ["pyarrow>=15"],
+    # plots of llmshearing.data.target_loss
+    "plot": ["matplotlib>=3.8"],
     "dev": [
+        "pyarrow>=15",
+        "matplotlib>=3.8",
         "pytest>=8.2",
         "hypothesis>=6.100",
         "ruff>=0.8",

@@ -168,7 +168,7 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
     shared["set_names"] = d.set_names or []
 
     def loading(loader: Any) -> dict[str, Any]:
-        names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+        names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
         where = {"local": loader.dataset.local, "split": loader.dataset.split}
         return {**shared, **where, **{name: getattr(loader, name) for name in names}}
 
@@ -178,6 +178,7 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
         batch_size=cfg.global_train_batch_size // ranks,
         seed=cfg.train_loader.dataset.shuffle_seed,
         dynamic=d.dynamic,
+        mixing=d.mixing,
         shuffle=cfg.train_loader.dataset.shuffle,
     )
     subset = None if cfg.eval_subset_num_batches < 0 else cfg.eval_subset_num_batches

@@ -55,7 +55,9 @@ class DynamicLoadingCallback(Callback):
     def _metrics(self) -> dict[str, float]:
         metrics = {}
         for i, name in enumerate(self.dataset.set_names):
-            metrics[f"mixture/{name}/proportion"] = float(self.dataset.proportion[i])
+            if not self.dataset.plain:
+                metrics[f"mixture/{name}/proportion"] = float(self.dataset.proportion[i])
+                metrics[f"mixture/{name}/epoch"] = float(self.dataset.epochs[i])
             if not math.isnan(self.losses[i]):
                 metrics[f"mixture/{name}/loss"] = self.losses[i]
                 if self.target_loss is not None:
@@ -69,4 +71,5 @@ class DynamicLoadingCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the mixture where it was."""
         self.losses = list(state["losses"])
-        self.dataset.set_proportion(state["proportion"])
+        if not self.dataset.plain:
+            self.dataset.set_proportion(state["proportion"])

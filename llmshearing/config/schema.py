@@ -234,6 +234,8 @@ class DataLoading:
     """doremi: exponential ascent on the excess loss; constant: proportions stay."""
     target_loss: list[float] | None = None
     """Each domain's loss to reach, nats per token (doremi)."""
+    mixing: str = choice("exact", "exact", "multinomial")
+    """exact: counts follow the proportions within 1; multinomial: independent draws, as the predecessor's."""
     clamp_excess: bool = False
     """Count a domain below its target loss as excess 0, as the paper writes it."""
     eta: float = number(1.0, low=0)

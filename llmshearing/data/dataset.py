@@ -16,29 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmshearing.data.mixture import Mixture
+from llmshearing.data.mixture import Draw, Mixture
+from llmshearing.data.reading import ReadAhead, Reads, Row, Sample
 from llmshearing.data.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
 
 PADDING = -1  # `set` and `sample` of a row that only keeps ranks in step; it must count for nothing
-
-Sample = dict[str, Any]
-
-
-class SetIndex:
-    """Name in the `set` column -> index into set_names; an empty list of names maps everything to 0."""
-
-    def __init__(self, set_names: Sequence[str]) -> None:
-        self._index = {name: i for i, name in enumerate(set_names)}
-
-    def __call__(self, name: str, where: object) -> int:
-        if not self._index:
-            return 0
-        if name not in self._index:
-            raise ShearingError(f"{where} has a sample of domain {name!r}; set_names has {sorted(self._index)}")
-        return self._index[name]
 
 
 def as_sample(tokens: np.ndarray, domain: int, sample: int) -> Sample:
@@ -56,6 +41,9 @@ class MixtureDataset(IterableDataset):
 
     With `plain` there is a single stream whose domains are read from the column `set`; proportions then have
     no meaning, and setting them is an error.
+
+    It runs in the training process, where proportions change; `workers` processes of its own read ahead for it,
+    `prefetch_factor` batches each (see `reading.ReadAhead`), and end with the iteration, that is, with an epoch.
     """
 
     def __init__(
@@ -68,6 +56,10 @@ class MixtureDataset(IterableDataset):
         rank: int,
         world_size: int,
         plain: bool = False,
+        workers: int = 0,
+        prefetch_factor: int | None = None,
+        timeout: float = 0,
+        context: str | None = None,
     ) -> None:
         super().__init__()
         self.streams = list(streams)
@@ -76,8 +68,14 @@ class MixtureDataset(IterableDataset):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.plain = plain
         self.max_seq_len = self.streams[0].max_seq_len  # Composer counts tokens with it
-        self._set_index = SetIndex(set_names)
         self._resume_at = 0  # samples of the running epoch that were consumed before a resume
+        self._reads = Reads(streams, set_names, plain)
+        self._ahead: ReadAhead | None = None
+        if workers:
+            self._ahead = ReadAhead(
+                self._reads, mixture, self._plan,
+                workers=workers, prefetch_factor=prefetch_factor, timeout=timeout, context=context,
+            )  # fmt: skip
 
     @property
     def global_batch_size(self) -> int:
@@ -103,34 +101,55 @@ class MixtureDataset(IterableDataset):
     def __len__(self) -> int:
         return self.epoch_size // self.world_size
 
-    def __iter__(self) -> Iterator[Sample]:
-        if get_worker_info() is not None:
-            raise ShearingError("MixtureDataset runs in the training process; set num_workers to 0")
-        start, self._resume_at = self._resume_at, 0
-        for _ in range(start, self.epoch_size, self.global_batch_size):
-            # a whole global batch is planned at once: no change of proportions splits a batch
-            plan = [self.mixture.next() for _ in range(self.global_batch_size)]
-            first = self.rank * self.batch_size
-            for stream, sample in plan[first : first + self.batch_size]:
-                yield self._read(stream, sample)
+    @property
+    def epochs(self) -> np.ndarray:
+        """How often each domain has been gone through, [K] float64."""
+        sizes = [order.size for order in self.mixture.orders]
+        return np.array(self.mixture.drawn, np.float64) / np.array(sizes, np.float64)
 
-    def _read(self, stream: int, sample: int) -> Sample:
-        directory = self.streams[stream]
-        tokens, name = directory[sample]
-        named = self._set_index(name, directory.path)
-        if not self.plain and self.set_names[stream] != name:
-            raise ShearingError(
-                f"{directory.path}: sample {sample} is of domain {name!r}, not {self.set_names[stream]!r}"
-            )
-        return as_sample(tokens, named, sample)
+    def __iter__(self) -> Iterator[Row]:
+        if get_worker_info() is not None:
+            raise ShearingError("MixtureDataset runs in the training process; give the workers to the data set")
+        start, self._resume_at = self._resume_at, 0
+        try:
+            for _ in range(start, self.epoch_size, self.global_batch_size):
+                drawn = list(self.mixture.drawn)
+                plan = self._plan(self.mixture)
+                self._log_passes(drawn)
+                if self._ahead is None:
+                    rows = self._reads.rows([(draw[0], self.mixture.sample(draw)) for draw in plan])
+                else:
+                    rows = self._ahead.take(plan)
+                for i in range(self.batch_size):
+                    yield Row(rows, i)
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+
+    def _plan(self, mixture: Mixture) -> list[Draw]:
+        """This rank's draws of the next global batch, by which `mixture` advances.
+
+        A whole global batch is planned at once: no change of proportions splits a batch.
+        """
+        plan = [mixture.next() for _ in range(self.global_batch_size)]
+        first = self.rank * self.batch_size
+        return plan[first : first + self.batch_size]
+
+    def _log_passes(self, before: list[int]) -> None:
+        """Say which domains the last batch has begun anew."""
+        for name, order, old, new in zip(
+            self.set_names or ["data"], self.mixture.orders, before, self.mixture.drawn, strict=False
+        ):
+            if new > old and (new - 1) // order.size > (old - 1) // order.size >= 0:
+                log.info("domain %s: epoch %d of its %d samples begins", name, (new - 1) // order.size + 1, order.size)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """The position to resume at, in plain numbers, the same on every rank; Composer calls it at
         checkpoints.
 
         `num_samples`: samples of this epoch that all ranks together have trained on (Composer's
-        `sample_in_epoch`). The loader runs in this process and draws one batch at a time, so the mixture
-        stands exactly there. `from_beginning` is part of Composer's protocol and is always True there.
+        `sample_in_epoch`). The plan is made in this process, one batch at a time, so the mixture stands exactly
+        there, whatever the workers have read ahead. `from_beginning` is part of Composer's protocol, always True.
         """
         return {**self.mixture.state_dict(), "sample_in_epoch": int(num_samples)}
 
@@ -204,13 +223,16 @@ class EvalDataset(IterableDataset):
         return np.concatenate([rows, last.reshape(self.world_size, each)[self.rank]])
 
     def __iter__(self) -> Iterator[Sample]:
-        if get_worker_info() is not None:
-            raise ShearingError("EvalDataset runs in the training process; set num_workers to 0")
-        for row in self._rows().tolist():
-            if row == PADDING:  # real tokens, so that nothing in the forward pass meets an odd value
-                yield as_sample(self.directory[0][0], PADDING, PADDING)
-            else:
-                yield as_sample(self.directory[row][0], int(self.sets[row]), row)
+        """All rows of this rank; in a DataLoader's worker w of W, the rows of batches w, w + W, w + 2W, ..."""
+        rows, worker = self._rows().tolist(), get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        for start in range(first * self.batch_size, len(rows), step * self.batch_size):
+            yield from map(self._read, rows[start : start + self.batch_size])
+
+    def _read(self, row: int) -> Sample:
+        if row == PADDING:  # real tokens, so that nothing in the forward pass meets an odd value
+            return as_sample(self.directory[0][0], PADDING, PADDING)
+        return as_sample(self.directory[row][0], int(self.sets[row]), row)
 
 
 def fair_subset(sets: np.ndarray, size: int) -> np.ndarray:

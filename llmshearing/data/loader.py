@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from llmshearing.data.dataset import EvalDataset, MixtureDataset
 from llmshearing.data.mixture import Mixture
+from llmshearing.data.reading import join
 from llmshearing.data.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 
@@ -37,12 +38,19 @@ def build_train_dataloader(
     prefetch_factor: int | None = None,
     persistent_workers: bool = False,
     pin_memory: bool | None = None,
+    timeout: float = 0,
+    mixing: str = "exact",
+    multiprocessing_context: str | None = None,
 ) -> DataSpec:
     """The endless mixture of `local/<split>/<domain>` (`local/<domain>` without a split) for each of
     set_names.
 
     `batch_size` is per rank, `proportion` [K] sums to 1. With `dynamic=False`, a `local/<split>` that is
     itself an MDS directory is read as one plain stream. `spec.dataloader.dataset` is the `MixtureDataset`.
+
+    `num_workers` processes of this rank read `prefetch_factor` (2) batches each ahead; what is read does not depend
+    on them. They are started once an epoch, so `persistent_workers` changes nothing here. `timeout`: seconds to
+    wait for a batch from them, 0 for ever. `mixing`: exact or multinomial.
 
     Raises ShearingError for missing domains, damaged shards, another sequence length or vocabulary, bad
     proportions.
@@ -52,11 +60,11 @@ def build_train_dataloader(
     _check_manifest(Path(local), max_seq_len, vocab_size)
     plain = not dynamic and (root / "index.json").is_file()
     if plain:
-        streams = [MdsDirectory(root, max_seq_len, vocab_size)]
-        mixture = Mixture([split or root.name], [len(streams[0])], [1.0], seed, shuffle)
+        streams, names, proportion = [MdsDirectory(root, max_seq_len, vocab_size)], [split or root.name], [1.0]
     else:
-        streams = _open_domains(root, set_names, max_seq_len, vocab_size)
-        mixture = Mixture(set_names, [len(stream) for stream in streams], proportion, seed, shuffle)
+        streams, names = _open_domains(root, set_names, max_seq_len, vocab_size), list(set_names)
+    sizes, blocks = [len(stream) for stream in streams], [stream.block for stream in streams]
+    mixture = Mixture(names, sizes, proportion, seed, shuffle, mixing=mixing, blocks=blocks)
     dataset = MixtureDataset(
         streams,
         set_names,
@@ -65,8 +73,12 @@ def build_train_dataloader(
         rank=dist.get_global_rank(),
         world_size=dist.get_world_size(),
         plain=plain,
+        workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        timeout=timeout,
+        context=multiprocessing_context,
     )
-    return DataSpec(_dataloader(dataset, pin_memory))
+    return DataSpec(_dataloader(dataset, pin_memory, collate_fn=join))
 
 
 def build_eval_dataloader(
@@ -82,6 +94,8 @@ def build_eval_dataloader(
     prefetch_factor: int | None = None,
     persistent_workers: bool = False,
     pin_memory: bool | None = None,
+    timeout: float = 0,
+    multiprocessing_context: str | None = None,
 ) -> DataSpec:
     """The merged evaluation split `local/<split>`: every sample once, over all ranks together.
 
@@ -102,8 +116,12 @@ def build_eval_dataloader(
         world_size=dist.get_world_size(),
         subset_num_batches=subset_num_batches,
     )
+    workers: dict[str, Any] = {"num_workers": num_workers}
+    if num_workers:
+        workers |= {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers}
+        workers |= {"timeout": timeout, "multiprocessing_context": multiprocessing_context}
     return DataSpec(
-        _dataloader(dataset, pin_memory),
+        _dataloader(dataset, pin_memory, **workers),
         num_samples=len(dataset.order),
         get_num_samples_in_batch=real_samples,
         get_num_tokens_in_batch=lambda batch: real_samples(batch) * batch["input_ids"].shape[1],
@@ -115,17 +133,17 @@ def real_samples(batch: Any) -> int:
     return int((batch["set"] >= 0).sum())
 
 
-def _dataloader(dataset: MixtureDataset | EvalDataset, pin_memory: bool | None) -> DataLoader:
+def _dataloader(dataset: MixtureDataset | EvalDataset, pin_memory: bool | None, **more: Any) -> DataLoader:
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    return DataLoader(dataset, batch_size=dataset.batch_size, num_workers=0, pin_memory=pin)
+    return DataLoader(dataset, batch_size=dataset.batch_size, pin_memory=pin, **more)
 
 
 def _check_workers(num_workers: int, prefetch_factor: int | None, persistent_workers: bool) -> None:
-    if num_workers:
+    if num_workers < 0 or (prefetch_factor is not None and prefetch_factor < 1):
         raise ShearingError(
-            f"num_workers is {num_workers}; proportions change between batches, so only 0 is supported for now"
+            f"num_workers is {num_workers} and prefetch_factor {prefetch_factor}; at least 0 and at least 1 are needed"
         )
-    if prefetch_factor is not None or persistent_workers:
+    if not num_workers and (prefetch_factor is not None or persistent_workers):
         raise ShearingError(
             f"prefetch_factor is {prefetch_factor} and persistent_workers {persistent_workers}; "
             "without workers they must be null and false"

@@ -11,16 +11,19 @@ domains that may come, take the one whose deadline is earliest. It needs no rand
 no noise.
 """
 
+import copy
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from llmshearing.data.order import BLOCK_LIMIT, DomainOrder, mix
 from llmshearing.errors import ShearingError
 
+Draw = tuple[int, int]  # (domain index, number of the draw from this domain since the start)
+MIXINGS = ("exact", "multinomial")
 ETA = 1.0  # step of the update, arXiv:2310.06694 section 2.2
 SMOOTHING = 1e-4  # c, keeps every domain reachable
 SUM_TOLERANCE = 1e-6  # proportions typed by hand may miss 1 by this much; they are renormalised
@@ -89,7 +92,8 @@ def check_proportion(proportion: Sequence[float] | np.ndarray, domains: int) -> 
         raise ShearingError(f"proportion {values.tolist()} has a value that is negative or not finite")
     if abs(values.sum() - 1) > SUM_TOLERANCE:
         raise ShearingError(f"proportion {values.tolist()} sums to {values.sum():.8g}, not to 1")
-    return values / values.sum()
+    # what was normalised once stays bit for bit what it was: a restored mixture is not a changed one
+    return values if abs(values.sum() - 1) < 1e-15 * domains else values / values.sum()
 
 
 class Interleaver:
@@ -154,29 +158,13 @@ class Interleaver:
         return best
 
 
-class DomainOrder:
-    """The order of one domain's samples: shuffled by (seed, domain name, pass), passes without end."""
-
-    def __init__(self, name: str, size: int, seed: int, shuffle: bool = True, drawn: int = 0) -> None:
-        self.name, self.size, self.seed, self.shuffle, self.drawn = name, size, seed, shuffle, drawn
-        self._pass = -1
-        self._order = np.arange(0)
-
-    def next(self) -> int:
-        """The next sample id in [0, size); no id returns before the domain is exhausted."""
-        number, offset = divmod(self.drawn, self.size)
-        self.drawn += 1
-        if not self.shuffle:
-            return offset
-        if number != self._pass:
-            generator = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), number])
-            self._order, self._pass = generator.permutation(self.size), number
-        return int(self._order[offset])
-
-
 class Mixture:
-    """The endless global sequence of (domain, sample): a function of seed, position and history of
-    proportions."""
+    """The endless global sequence of (domain, draw): a function of seed, position and history of proportions.
+
+    `mixing` is `exact` (the interleaving above) or `multinomial` (each position an independent draw from the
+    proportions, keyed by seed and position, as the predecessor's was in distribution).
+    `blocks` [K]: samples of a shard, for the shuffle's locality.
+    """
 
     def __init__(
         self,
@@ -185,12 +173,19 @@ class Mixture:
         proportion: Sequence[float] | np.ndarray,
         seed: int,
         shuffle: bool = True,
+        *,
+        mixing: str = "exact",
+        blocks: Sequence[int] | None = None,
     ) -> None:
+        if mixing not in MIXINGS:
+            raise ShearingError(f"mixing is {mixing!r}; known are {' and '.join(map(repr, MIXINGS))}")
         self.set_names = list(set_names)
-        self.seed = seed
+        self.seed, self.mixing = seed, mixing
         self.position = 0  # samples given out since the start of training, over all ranks
         self.interleaver = Interleaver(check_proportion(proportion, len(self.set_names)))
-        self.orders = [DomainOrder(*pair, seed, shuffle) for pair in zip(self.set_names, sizes, strict=True)]
+        shards = zip(self.set_names, sizes, blocks or [BLOCK_LIMIT] * len(sizes), strict=True)
+        self.orders = [DomainOrder(name, size, seed, shuffle, block) for name, size, block in shards]
+        self.drawn = [0] * len(self.set_names)
 
     @property
     def proportion(self) -> np.ndarray:
@@ -202,23 +197,43 @@ class Mixture:
         distribution."""
         self.interleaver.set_proportion(check_proportion(proportion, len(self.set_names)))
 
-    def next(self) -> tuple[int, int]:
-        """(domain index, sample id inside the domain) at the next position."""
+    def next(self) -> Draw:
+        """(domain index, number of the draw from this domain) at the next position."""
+        domain = self.interleaver.next() if self.mixing == "exact" else self._multinomial()
         self.position += 1
-        domain = self.interleaver.next()
-        return domain, self.orders[domain].next()
+        draw = self.drawn[domain]
+        self.drawn[domain] += 1
+        return domain, draw
+
+    def _multinomial(self) -> int:
+        point = mix(self.seed, 2, self.position) / 2**64
+        cumulated = np.cumsum(self.interleaver.proportion)
+        return int(np.searchsorted(cumulated, point * cumulated[-1], side="right"))
+
+    def sample(self, draw: Draw) -> int:
+        """Sample id, inside its domain, of a draw."""
+        return self.orders[draw[0]](draw[1])
+
+    def fork(self) -> "Mixture":
+        """A copy to look ahead with: it advances alone. Orders are shared, they have no position."""
+        copied = copy.copy(self)
+        copied.interleaver = copy.deepcopy(self.interleaver)
+        copied.drawn = list(self.drawn)
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """A few plain numbers a domain; loads with `weights_only=True`."""
         mixer = self.interleaver
         return {
-            "version": 1,
+            "version": 2,
             "seed": self.seed,
+            "mixing": self.mixing,
             "position": self.position,
             "steps": mixer.steps,
             "set_names": list(self.set_names),
             "sizes": [order.size for order in self.orders],
-            "drawn": [order.drawn for order in self.orders],
+            "blocks": [order.block for order in self.orders],
+            "drawn": list(self.drawn),
             "proportion": list(mixer.proportion),
             "carried": list(mixer.carried),
             "counts": list(mixer.counts),
@@ -228,7 +243,8 @@ class Mixture:
         """Continue at the recorded position; raises ShearingError if this is not the recorded data and
         seed."""
         here = self.state_dict()
-        differ = [key for key in ("version", "seed", "set_names", "sizes") if state.get(key) != here[key]]
+        fixed = ("version", "seed", "mixing", "set_names", "sizes", "blocks")
+        differ = [key for key in fixed if state.get(key) != here[key]]
         if differ:
             lines = [f"  {key}: {state.get(key)} in the checkpoint, {here[key]} here" for key in differ]
             raise ShearingError("The checkpoint's data position belongs to other data:\n" + "\n".join(lines))
@@ -240,5 +256,4 @@ class Mixture:
             state["steps"],
         )
         self.position = state["position"]
-        for order, drawn in zip(self.orders, state["drawn"], strict=True):
-            order.drawn = drawn
+        self.drawn = list(state["drawn"])

@@ -1,6 +1,7 @@
 """The options of `prepare`, as a dataclass and as a command line."""
 
 import argparse
+import os
 from dataclasses import dataclass
 
 from streaming.base.util import bytes_to_int
@@ -8,6 +9,7 @@ from streaming.base.util import bytes_to_int
 from llmshearing.data.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LARGEST_ID = {"uint16": 2**16 - 1, "uint32": 2**32 - 1}
 
 
@@ -23,6 +25,12 @@ class Options:
     eval_seqs: int | None = None
     for_prune_seqs: int | None = None
     for_ft_seqs: int | None = None
+    eval_tokens: int | None = None
+    for_prune_tokens: int | None = None
+    for_ft_tokens: int | None = None
+    proportions: dict[str, float] | None = None
+    dedup: bool = False
+    on_error: str = "fail"
     dtype: str = "auto"
     shard_size: str = "64mb"
 
@@ -33,7 +41,21 @@ class Options:
         return {split: share for split, share in shares.items() if share > 1e-9}
 
     def limits(self) -> dict[str, int | None]:
+        """Most sequences a domain in each split."""
         return {EVAL: self.eval_seqs, FOR_PRUNE: self.for_prune_seqs, FOR_FT: self.for_ft_seqs}
+
+    def budgets(self) -> dict[str, int | None]:
+        """Most tokens of all domains together in each split."""
+        return {EVAL: self.eval_tokens, FOR_PRUNE: self.for_prune_tokens, FOR_FT: self.for_ft_tokens}
+
+    def limit(self, split: str, domain: str, domains: int) -> int | None:
+        """Most sequences of a domain in a split: by number, and by its share of the split's tokens."""
+        given, budget = self.limits()[split], self.budgets()[split]
+        if budget is None:
+            return given
+        share = 1 / domains if self.proportions is None else self.proportions[domain]
+        by_tokens = max(1, round(budget * share / self.max_seq_len))
+        return by_tokens if given is None else min(given, by_tokens)
 
     def problems(self) -> list[str]:
         said = []
@@ -45,6 +67,17 @@ class Options:
                 "must be at least 0 and sum to at most 1"
             )
         said += [f"{s}_seqs is {n}; it must be at least 1" for s, n in self.limits().items() if n is not None and n < 1]
+        said += [
+            f"{s}_tokens is {n}; at least 1 is needed" for s, n in self.budgets().items() if n is not None and n < 1
+        ]
+        if self.proportions is not None:
+            shares = list(self.proportions.values())
+            if min(shares, default=0) <= 0 or abs(sum(shares) - 1) > 1e-6:
+                said.append(f"proportions {self.proportions} must be above 0 and sum to 1")
+            if not any(self.budgets().values()):
+                said.append("proportions are shares of a split's tokens; give for_prune_tokens or another budget too")
+        if self.on_error not in ("fail", "skip"):
+            said.append(f"on_error is {self.on_error!r}; known are fail and skip")
         if self.dtype not in ("auto", *LARGEST_ID):
             said.append(f"dtype is {self.dtype!r}; known are auto, uint16, uint32")
         try:
@@ -54,6 +87,17 @@ class Options:
         if self.seed < 0:
             said.append(f"seed is {self.seed}; it must be at least 0")
         return said
+
+
+def _whole(text: str) -> int:
+    return int(float(text))
+
+
+def _share(text: str) -> tuple[str, float]:
+    domain, _, share = text.rpartition("=")
+    if not domain:
+        raise ValueError(text)
+    return domain, float(share)
 
 
 def resolve_dtype(asked: str, vocab_size: int) -> str:
@@ -74,16 +118,20 @@ def parser() -> argparse.ArgumentParser:
       --output data/llama2 --max_seq_len 4096 --eval_seqs 500"""
     said = argparse.ArgumentParser(
         prog="python -m llmshearing.data.prepare",
-        description="Turn folders of JSONL, one folder a domain, into the MDS data that training reads.",
+        description="Turn folders of JSONL or Parquet, one folder a domain, into the MDS data that training reads.",
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    said.add_argument("--input", required=True, help="folder with a folder of .jsonl, .gz or .zst files a domain")
+    said.add_argument(
+        "--input", required=True, help="folder with a folder of .jsonl[.gz|.zst] or .parquet files a domain"
+    )
     said.add_argument("--tokenizer", required=True, help="HF directory, tokenizer.json, or SentencePiece .model file")
     said.add_argument("--output", required=True, help="folder to write; must not exist, or hold this very result")
     said.add_argument("--max_seq_len", type=int, required=True, help="tokens a sequence")
     said.add_argument("--domains", nargs="+", help="only these folders of the input (default: all)")
-    said.add_argument("--text_field", default=Options.text_field, help="JSON field of the text (default: %(default)s)")
+    said.add_argument(
+        "--text_field", default=Options.text_field, help="field or column of the text (default: %(default)s)"
+    )
     said.add_argument("--seed", type=int, default=Options.seed, help="of the split by hash (default: %(default)s)")
     shares = (("eval", Options.eval_fraction), ("for_prune", Options.for_prune_fraction))
     for split, share in shares:
@@ -95,6 +143,20 @@ def parser() -> argparse.ArgumentParser:
         )
     for split in (EVAL, FOR_PRUNE, FOR_FT):
         said.add_argument(f"--{split}_seqs", type=int, help=f"most sequences a domain in {split} (default: all)")
+    for split in (EVAL, FOR_PRUNE, FOR_FT):
+        said.add_argument(
+            f"--{split}_tokens", type=_whole, help=f"most tokens of all domains in {split}, e.g. 4e8 (default: all)"
+        )
+    said.add_argument(
+        "--proportions", nargs="+", type=_share, metavar="DOMAIN=SHARE", help="of those tokens (default: equal shares)"
+    )
+    said.add_argument("--dedup", action="store_true", help="keep the first of equal documents, over all domains")
+    said.add_argument(
+        "--on_error", default="fail", choices=("fail", "skip"), help="broken lines: stop, or leave out and count them"
+    )
+    said.add_argument(
+        "--processes", type=int, default=CORES, help="that tokenize; changes no byte (default: %(default)s)"
+    )
     said.add_argument("--dtype", default="auto", choices=("auto", *LARGEST_ID), help="of the ids (default: by size)")
     said.add_argument("--shard_size", default=Options.shard_size, help="of one MDS file (default: %(default)s)")
     said.add_argument("--bos_token", help="if the tokenizer has none or the wrong one")

@@ -5,6 +5,7 @@ the last incomplete one of a domain and split is dropped.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,11 +56,11 @@ class Packer:
     def full(self) -> bool:
         return self.limit is not None and self.sequences >= self.limit
 
-    def add(self, texts: list[str], encoded: list[list[int]]) -> None:
+    def add(self, texts: list[str], encoded: Sequence[Sequence[int] | np.ndarray]) -> None:
         """Append documents; `encoded` are their ids without BOS and EOS."""
         pieces = [self._rest]
         for text, ids in zip(texts, encoded, strict=True):
-            pieces.append(np.array([self.bos_id, *ids, self.eos_id], np.int64))
+            pieces += [np.array([self.bos_id]), np.asarray(ids, np.int64), np.array([self.eos_id])]
             self.documents += 1
             self.tokens += len(ids) + 2
             self.bytes += len(text.encode("utf-8"))

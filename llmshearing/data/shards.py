@@ -1,10 +1,12 @@
 """One MDS directory on local disk, opened for random access and checked against its index.
 
 A sample has the columns `tokens` (T ids: an `ndarray` of unsigned integers, or the predecessor's `bytes` of
-uint16) and `set` (the domain's name). T = max_seq_len. Streaming's readers do the decoding; there is no
-shared memory.
+uint16) and `set` (the domain's name). T = max_seq_len. There is no shared memory.
 """
 
+import os
+import struct
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from streaming.base.hashing import get_hash
 from llmshearing.errors import ShearingError
 
 COLUMNS = ("tokens", "set")
+OPEN_FILES = 64  # a directory; a pass reads from 17 shards at a time
 BYTES_DTYPE = np.dtype("<u2")  # what the predecessor packed into its `bytes` column
 
 
@@ -32,6 +35,8 @@ class MdsDirectory:
         self.vocab_size = vocab_size
         self._data = _open(self.path)
         self._verified: set[int] = set()
+        self._files: dict[int, FileIO] = {}
+        self._ends = np.cumsum([shard.samples for shard in self._data.shards])
         problems = [problem for shard in self._data.shards for problem in _shard_problems(self.path, shard)]
         if problems:
             raise ShearingError("\n".join(dict.fromkeys(problems)))
@@ -41,6 +46,11 @@ class MdsDirectory:
 
     def __len__(self) -> int:
         return len(self._data)
+
+    @property
+    def block(self) -> int:
+        """Samples of its largest shard."""
+        return max(shard.samples for shard in self._data.shards)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         sample = self._sample(index)
@@ -64,18 +74,45 @@ class MdsDirectory:
         return [self._sample(index)["set"] for index in range(len(self))]
 
     def _sample(self, index: int) -> dict[str, Any]:
-        shard_id, offset = self._data.spanner[index]
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} samples, not one numbered {index}")
+        shard_id = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._data.shards[shard_id]
+        offset = index - int(self._ends[shard_id]) + shard.samples
         file = self.path / shard.raw_data.basename
         try:
             if shard_id not in self._verified:
                 _verify_hash(file, shard.raw_data.hashes)
                 self._verified.add(shard_id)
-            return shard[offset]
+            return _decode(shard, self._bytes(shard_id, file, offset))
         except ShearingError:
             raise
         except Exception as error:  # whatever a damaged file without a hash makes the decoder do
             raise ShearingError(f"{file} cannot be read at sample {offset}: {error!r}; copy it again") from error
+
+    def _bytes(self, shard_id: int, path: Path, offset: int) -> bytes:
+        """One encoded sample. MDS: u32 count, u32 offsets [count + 1], index, samples; files stay open for a while."""
+        file = self._files.get(shard_id)
+        if file is None:
+            while len(self._files) >= OPEN_FILES:
+                del self._files[next(iter(self._files))]
+            file = self._files[shard_id] = path.open("rb", buffering=0)
+        begin, end = struct.unpack("<II", os.pread(file.fileno(), 8, 4 * (1 + offset)))
+        return os.pread(file.fileno(), end - begin, begin)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # open files do not travel to another process
+
+
+def _decode(shard: Any, data: bytes) -> dict[str, Any]:
+    """The columns of a sample. Arrays of fixed shape directly, as Streaming parses their type anew each time."""
+    if shard.column_names != ["set", "tokens"] or not (size := shard.column_sizes[1]):
+        return shard.decode_sample(data)
+    _, kind, *_ = shard.column_encodings[1].split(":")
+    (name,) = struct.unpack_from("<I", data)
+    if len(data) != 4 + name + size:
+        raise ValueError(f"a sample of {len(data)} bytes, not {4 + name + size}")
+    return {"set": data[4 : 4 + name].decode(), "tokens": np.frombuffer(data, kind, offset=4 + name)}
 
 
 def _open(path: Path) -> LocalDataset:

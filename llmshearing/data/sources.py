@@ -1,7 +1,8 @@
-"""Finds the JSONL files of each domain and reads their documents, one at a time.
+"""Finds the files of each domain and reads their documents, one at a time.
 
-A file is `.jsonl`, or that compressed with gzip (`.gz`) or Zstandard (`.zst`); each line is an object with a
-string in the text field. Problems are collected, not raised, so that one run reports them together.
+A file is `.jsonl`, or that compressed with gzip (`.gz`) or Zstandard (`.zst`), each line an object with a
+string in the text field; or it is `.parquet` with a string column of that name (needs pyarrow).
+Problems are collected, not raised, so that one run reports them together.
 """
 
 import gzip
@@ -20,7 +21,7 @@ from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".gz", ".zst")
+SUFFIXES = (".jsonl", ".gz", ".zst", ".parquet")
 MAX_PROBLEMS = 20
 CHUNK = 1 << 22  # bytes read at once
 
@@ -70,8 +71,13 @@ def describe_file(path: Path, advance: Callable[[int], object]) -> dict[str, int
 def read_documents(path: Path, field: str, problems: list[str], advance: Callable[[int], object]) -> Iterator[str]:
     """Yield the non-empty texts of one file; append to `problems` what is wrong, naming file:line.
 
-    `advance(n)` is told the bytes of the file as they are consumed. Stops at MAX_PROBLEMS problems.
+    `advance(n)` is told the bytes of the file as they are consumed. Who consumes the texts decides when there are
+    problems enough; a file that cannot be read any further ends there.
     """
+    if path.suffix == ".parquet":
+        yield from _parquet_documents(path, field, problems)
+        advance(path.stat().st_size)
+        return
     lines = 0
     with path.open("rb") as raw:
         seen = 0
@@ -81,8 +87,6 @@ def read_documents(path: Path, field: str, problems: list[str], advance: Callabl
                 if raw.tell() != seen:
                     advance(raw.tell() - seen)
                     seen = raw.tell()
-                if len(problems) >= MAX_PROBLEMS:
-                    return
                 if text:
                     yield text
         except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
@@ -90,6 +94,32 @@ def read_documents(path: Path, field: str, problems: list[str], advance: Callabl
             return
     if lines == 0:
         problems.append(f"{path} is empty once decompressed")
+
+
+def _parquet_documents(path: Path, field: str, problems: list[str]) -> Iterator[str]:
+    """Texts of a Parquet file, a few thousand rows in memory at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ShearingError(f"{path} needs pyarrow: pip install 'llmshearing[parquet]'") from None
+    row = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            problems.append(f"{path} has no column {field!r}; it has {file.schema_arrow.names}")
+            return
+        if file.metadata.num_rows == 0:
+            problems.append(f"{path} has no row")
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    problems.append(f"{path}:{row} has no string in column {field!r} but {type(text).__name__}")
+                elif text:
+                    yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path} cannot be read after row {row}: {error}")
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:

@@ -58,6 +58,19 @@ def load_tokenizer(path: Path | str, bos_token: str | None = None, eos_token: st
     return _from_backend(path, backend, bos_token or bos, eos_token or eos)
 
 
+def load_decoder(path: Path | str) -> Callable[[list[int]], str]:
+    """Maps ids to text, special tokens shown; raises ShearingError if there is no tokenizer at `path`."""
+    path = Path(path)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        path = path / "tokenizer.model"
+    if path.suffix == ".model" and path.is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(path)).decode
+    backend = _from_json(path / "tokenizer.json" if path.is_dir() else path)[0]
+    return lambda ids: backend.decode(ids, skip_special_tokens=False)
+
+
 def _from_directory(path: Path) -> tuple[Any, str | None, str | None]:
     from transformers import AutoTokenizer  # slow to import, and not needed for the other kinds
 

@@ -99,7 +99,7 @@ def test_resuming_continues_at_the_exact_next_sample(domains, consumed):
 
 def test_state_is_a_few_numbers_a_domain(domains):
     state = train(domains).dataloader.dataset.state_dict(0, True)
-    assert all(isinstance(v, int) or len(v) == 3 for v in state.values())
+    assert all(isinstance(v, int) or len(v) == 3 for v in state.values() if v != "exact")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -112,7 +112,7 @@ def test_the_global_sequence_does_not_depend_on_ranks(domains, ranks):
         dataset = MixtureDataset(directories, names, mixture, batch_size=batch_size, rank=rank, world_size=world_size)
         if state:
             dataset.load_state_dict(state)
-        found = [(s["set"], s["sample"]) for s in itertools.islice(dataset, 5 * batch_size)]
+        found = [(int(s["set"]), int(s["sample"])) for s in itertools.islice(dataset, 5 * batch_size)]
         return found, dataset.state_dict(5 * batch_size * world_size, True)
 
     def together(state=None):
@@ -277,14 +277,14 @@ def test_ids_beyond_the_models_vocabulary(domains):
         train(domains, vocab_size=150)
 
 
-def test_workers_are_refused(domains):
-    with pytest.raises(ShearingError, match="num_workers is 2"):
-        train(domains, num_workers=2)
+def test_settings_of_workers_are_checked(domains):
+    with pytest.raises(ShearingError, match="num_workers is -1"):
+        train(domains, num_workers=-1)
     with pytest.raises(ShearingError, match="prefetch_factor is 2"):
         evaluate(domains, prefetch_factor=2)
     train(domains, prefetch_factor=None, persistent_workers=False)
     dataset = train(domains).dataloader.dataset
-    with pytest.raises(ShearingError, match="set num_workers to 0"):
+    with pytest.raises(ShearingError, match="give the workers to the data set"):
         next(iter(torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=1)))
 
 

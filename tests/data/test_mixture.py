@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmshearing.data.mixture import (
-    DomainOrder,
     Interleaver,
     Mixture,
     check_proportion,
@@ -129,27 +128,29 @@ def test_a_proportion_of_zero_brings_no_sample():
     assert {mixer.next() for _ in range(200)} == {0, 2}
 
 
-@given(st.integers(1, 20), st.integers(0, 5))
-def test_no_sample_returns_before_its_domain_is_exhausted(size, seed):
-    order = DomainOrder("a", size, seed)
-    passes = [[order.next() for _ in range(size)] for _ in range(3)]
-    assert all(sorted(one) == list(range(size)) for one in passes)
+def test_the_multinomial_option_draws_apart_and_by_proportion():
+    mixture = Mixture(["a", "b", "c"], [5, 50, 500], [0.2, 0.0, 0.8], seed=4, mixing="multinomial")
+    domains = [mixture.next()[0] for _ in range(4000)]
+    counts = np.bincount(domains, minlength=3)
+    assert counts[1] == 0 and abs(counts[0] - 800) < 5 * math.sqrt(4000 * 0.16)
+    follows = sum(a == b == 0 for a, b in zip(domains, domains[1:], strict=False))  # exact mixing gives none
+    assert abs(follows - 160) < 5 * math.sqrt(160)
+    with pytest.raises(ShearingError, match="mixing is 'random'; known are 'exact' and 'multinomial'"):
+        Mixture(["a"], [5], [1.0], seed=4, mixing="random")
 
 
-def test_passes_domains_and_seeds_are_shuffled_apart():
-    def first(name, seed, drawn=0):
-        order = DomainOrder(name, 50, seed, drawn=drawn)
-        return tuple(order.next() for _ in range(50))
-
-    assert len({first("a", 1), first("b", 1), first("a", 2), first("a", 1, drawn=50)}) == 4
-    unshuffled = DomainOrder("a", 3, 1, shuffle=False)
-    assert [unshuffled.next() for _ in range(5)] == [0, 1, 2, 0, 1]
+@given(distributions())
+def test_a_restored_mixture_is_not_a_changed_one(q):
+    once = check_proportion(q, len(q))
+    assert check_proportion(once.tolist(), len(q)).tolist() == once.tolist()
 
 
 @given(st.integers(0, 200), st.data())
 def test_state_continues_exactly_and_is_plain_json(position, data):
+    mixing = data.draw(st.sampled_from(["exact", "multinomial"]))
+
     def mixture():
-        return Mixture(["a", "b", "c"], [7, 30, 11], [0.2, 0.5, 0.3], seed=3)
+        return Mixture(["a", "b", "c"], [7, 30, 11], [0.2, 0.5, 0.3], seed=3, mixing=mixing)
 
     source = mixture()
     for _ in range(position):

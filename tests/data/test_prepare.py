@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import multiprocessing
+import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +19,9 @@ from hypothesis import strategies as st
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
+from llmshearing.data import job
+from llmshearing.data.encoding import WorkerDied, encode_in_order
+from llmshearing.data.inspect import main as inspect_main
 from llmshearing.data.packing import Packer, split_of
 from llmshearing.data.prepare import main, prepare, table
 from llmshearing.data.tokenizer import load_tokenizer
@@ -327,3 +334,149 @@ def test_command_line(tmp_path, corpus, tokenizer_file):
     failed = subprocess.run([*command, "--tokenizer", "absent"], capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "tokenizer absent is none of" in failed.stderr
+
+
+# ---- options, other inputs, processes, interruptions
+
+FRACTIONS = {"eval_fraction": 0.3, "for_prune_fraction": 0.3, "progress": False}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.slow  # each process imports the package
+def test_processes_change_no_byte(tmp_path, corpus, prepared, tokenizer_file, monkeypatch):
+    monkeypatch.setattr(job, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 7)
+    prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, processes=3, **FRACTIONS)
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+@pytest.mark.slow
+def test_a_killed_tokenization_process_is_one_error(tmp_path, corpus, tokenizer_file):
+    loaded = load_tokenizer(tokenizer_file)
+    batches = encode_in_order([["a"]] * 50, lambda b: b, loaded, (tokenizer_file, None, None), 1 + 1)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(WorkerDied, match="was killed"):
+        list(batches)
+
+
+@pytest.mark.parametrize("at", [1, 5, 9, 14])
+def test_a_killed_run_goes_on_and_ends_bit_identical(
+    tmp_path, corpus, prepared, tokenizer_file, at, caplog, monkeypatch
+):
+    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 40)
+
+    def killed() -> None:
+        calls = iter(range(1000))
+        add = Packer.add
+
+        def then_die(*arguments):
+            add(*arguments)
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Packer.add = then_die
+        prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, dedup=True, **FRACTIONS)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
+    with caplog.at_level("INFO"):
+        prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, dedup=True, **FRACTIONS)
+    assert "going on where" in caplog.text
+    prepare(corpus, tokenizer_file, tmp_path / "whole", SEQ, dedup=True, **FRACTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_one_error_and_finished_work_is_kept(tmp_path, corpus, prepared, tokenizer_file):
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))  # no file may grow beyond: a real OSError
+        with pytest.raises(ShearingError, match=r"writing .*out failed: .*make room and run the same command again"):
+            prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, **FRACTIONS)
+        os._exit(7)
+
+    process = multiprocessing.get_context("fork").Process(target=limited)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+    prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, **FRACTIONS)
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_duplicates_are_left_out_over_all_domains(tmp_path, corpus, tokenizer_file, texts):
+    manifest = prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, dedup=True, **FRACTIONS)
+    assert manifest["duplicates"] == {"code": 40} and "left out of code: 40" in table(manifest)
+    kept = sum(n["documents"] for domains in manifest["splits"].values() for n in domains.values())
+    assert kept == len({text for domain in texts.values() for text in domain})
+
+
+def test_broken_lines_are_skipped_counted_and_named(tmp_path, corpus, prepared, tokenizer_file):
+    for domain in ("books", "code"):
+        for name in "ab":
+            lines = (corpus / domain / f"{name}.jsonl").read_bytes().splitlines()
+            broken = [b'{"text": "cut', '{"text": "café"}'.encode("latin-1"), b'{"body": "x"}'] * 10
+            path = tmp_path / "in" / domain / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"\n".join(lines[:20] + broken + lines[20:]) + b"\n")
+    manifest = prepare(tmp_path / "in", tokenizer_file, tmp_path / "out", SEQ, on_error="skip", **FRACTIONS)
+    assert {domain: n["count"] for domain, n in manifest["skipped"].items()} == {"books": 60, "code": 60}
+    assert "a.jsonl:21 is not JSON" in manifest["skipped"]["books"]["first"][0]
+    assert "a.jsonl:22 is not UTF-8" in manifest["skipped"]["books"]["first"][1]
+    assert "skipped in code: 60 lines" in table(manifest)
+    mine, clean = contents(tmp_path / "out"), contents(prepared)
+    del mine["manifest.json"], clean["manifest.json"]
+    assert mine == clean
+
+
+def test_parquet_gives_the_same_result(tmp_path, corpus, prepared, tokenizer_file, texts):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for domain, documents in texts.items():
+        (tmp_path / "in" / domain).mkdir(parents=True)
+        table_of = pyarrow.table({"id": list(range(len(documents))), "text": documents})
+        parquet.write_table(table_of, tmp_path / "in" / domain / "a.parquet", row_group_size=30)
+    prepare(tmp_path / "in", tokenizer_file, tmp_path / "out", SEQ, **FRACTIONS)
+    mine, clean = contents(tmp_path / "out"), contents(prepared)
+    del mine["manifest.json"], clean["manifest.json"]
+    assert mine == clean
+
+
+def test_bad_parquet_is_named(tmp_path, tokenizer_file):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "in" / "web" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"text": ["fine", None]}), path)
+    assert "a.parquet:2 has no string in column 'text' but NoneType" in refuse(tmp_path, tokenizer_file)
+    assert "has no column 'body'; it has ['text']" in refuse(tmp_path, tokenizer_file, "--text_field", "body")
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "a.parquet cannot be read after row 0" in refuse(tmp_path, tokenizer_file)
+
+
+def test_token_budgets_follow_the_proportions(tmp_path, corpus, tokenizer_file):
+    shares = {"books": 0.75, "code": 0.25}
+    budget = {"for_prune_tokens": 20 * SEQ, "eval_tokens": 8 * SEQ, "proportions": shares}
+    splits = prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, **budget, **FRACTIONS)["splits"]
+    assert {d: n["sequences"] for d, n in splits["for_prune"].items()} == {"books": 15, "code": 5}
+    assert {d: n["sequences"] for d, n in splits["eval"].items()} == {"books": 6, "code": 2}
+    with pytest.raises(ShearingError, match="must be above 0 and sum to 1"):
+        prepare(corpus, tokenizer_file, tmp_path / "o", SEQ, eval_tokens=9, proportions={"books": 0.5, "code": 0.6})
+    with pytest.raises(ShearingError, match=r"proportions are of \['web'\]; the domains are \['books', 'code'\]"):
+        prepare(corpus, tokenizer_file, tmp_path / "o", SEQ, eval_tokens=9, proportions={"web": 1.0})
+
+
+def test_inspect_shows_and_decodes(tmp_path, prepared, tokenizer_file, capsys):
+    assert inspect_main([str(prepared), "--samples", "1", "--tokenizer", str(tokenizer_file)]) == 0
+    said = capsys.readouterr().out
+    assert f"{'eval_merge':<32}" in said and f"ndarray:uint16:{SEQ}" in said and "[books 0] <s>book" in said
+    assert inspect_main([str(tmp_path)]) == 1
