@@ -33,6 +33,7 @@ EXTRAS = {
         "pyarrow>=15",
         "matplotlib>=3.8",
         "pytest>=8.2",
+        "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "ruff>=0.8",
         "mypy>=1.11",

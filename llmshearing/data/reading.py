@@ -85,10 +85,14 @@ class Reads(Dataset):
             "sample": torch.tensor([sample for _, sample in wanted]),
         }
 
-    def __getitems__(self, wanted: list[tuple[int, int]]) -> Rows | str:
-        """`rows` for torch's workers, which would wrap an error in a traceback: its message is handed over instead."""
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> dict[str, np.ndarray] | str:
+        """`rows` for torch's workers, which would wrap an error in a traceback: its message is handed over instead.
+
+        As arrays, which travel by value: a tensor would have to be fetched from the worker's shared memory, and from a
+        worker that has stopped that waits for ever, whatever the timeout.
+        """
         try:
-            return self.rows(wanted)
+            return {name: rows.numpy() for name, rows in self.rows(wanted).items()}
         except ShearingError as error:
             return str(error)
 
@@ -156,7 +160,7 @@ class ReadAhead:
         rows = self._guarded(next, self._iterator)
         if isinstance(rows, str):
             raise ShearingError(rows)
-        return rows
+        return {name: torch.from_numpy(values) for name, values in rows.items()}
 
     def _guarded(self, step: Callable[[Any], Any], argument: Any) -> Any:
         try:
