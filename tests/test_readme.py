@@ -1,4 +1,4 @@
-"""The commands of README's "Prune your own model" run, in its order, with its words; only sizes and places are small."""
+"""The commands of README's "Prune your own model" run, in its order and words; only sizes and places are small."""
 
 import re
 import shlex
