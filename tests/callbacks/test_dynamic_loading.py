@@ -48,10 +48,12 @@ def test_proportions_move_by_the_formula_and_the_data_follow(lab, tmp_path, clam
     targets = [5.5, 7.0, 5.8] if clamped else TARGETS.tolist()
     trainer, values, batches = short_run(lab, tmp_path, **changes, callbacks__data_loading__target_loss=targets)
     dataset = trainer.state.train_dataloader.dataset
-    twin = Mixture(NAMES, [len(stream) for stream in dataset.streams], START, seed=17)
+    blocks = [stream.block for stream in dataset.streams]
+    twin = Mixture(NAMES, [len(stream) for stream in dataset.streams], START, seed=17, blocks=blocks)
     q = START
     for evaluation in range(4):
-        expected = [[twin.next() for _ in range(4)] for _ in range(2)]
+        draws = [[twin.next() for _ in range(4)] for _ in range(2)]
+        expected = [[(draw[0], twin.sample(draw)) for draw in batch] for batch in draws]
         assert batches[2 * evaluation : 2 * evaluation + 2] == expected
         excess = np.array([values[f"mixture/{name}/excess"][evaluation] for name in NAMES])
         losses = np.array([values[f"metrics/eval/{name}_LanguageCrossEntropy"][evaluation] for name in NAMES])
