@@ -30,7 +30,7 @@ log = logging.getLogger("smollm2")
 PRUNE, CONTINUE = Path("configs/smollm2/135m.yaml"), Path("configs/smollm2/53m.yaml")
 OUTPUT = Path("out/smollm2")
 CORPUS_MB = "1"
-"""Text a domain; both training runs together see about a fifth of it."""
+"""Text a domain; both training runs together see about an eighth of it."""
 SEPARATOR = "<|endoftext|>"
 """Between documents in SmolLM2's pretraining; its BOS and EOS belong to chat messages."""
 EVAL_BATCH = 4
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.smollm2.run",
-        description="Shear SmolLM2-135M-Instruct: about 20 minutes on two CPU cores. Run it in the repository's root.",
+        description="Shear SmolLM2-135M-Instruct: about 15 minutes on two free CPU cores. Run in the root.",
         epilog="example: make smollm2",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for everything (%(default)s)")
