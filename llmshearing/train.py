@@ -1,9 +1,9 @@
 """Prune or continue to pretrain: one YAML file and overrides in, checkpoints out.
 
-    configuration -> source (config, table, weights) + masks -> domain mixture -> Composer trainer -> checkpoints
+configuration -> source (config, table, weights) + masks -> domain mixture -> Composer trainer -> checkpoints
 
-    composer -n 8 llmshearing/train.py configs/llama2/7b.yaml data_local=DATA model.path=HF_DIR save_folder=RUN
-    python -m llmshearing.train configs/llama2/7b.yaml --dry-run
+composer -n 8 llmshearing/train.py configs/llama2/7b.yaml data_local=DATA model.path=HF_DIR save_folder=RUN
+python -m llmshearing.train configs/llama2/7b.yaml --dry-run
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer, algorithms, callbacks, loggers, optim
+from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
 from composer.utils import dist, format_name_with_dist, get_device
 
 from llmshearing.callbacks.checkpoint_info import CheckpointInfo
 from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.callbacks.gradients import Gradients
 from llmshearing.callbacks.losses import LossMonitor
 from llmshearing.callbacks.pruning import PruningCallback
 from llmshearing.callbacks.shearing import Shearing
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.distributed import fsdp2
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
@@ -90,10 +92,10 @@ def build_scheduler(cfg: Config) -> Any:
 
 
 def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
-    """Gradient clipping and the masks' driver."""
-    chosen: list[Algorithm] = []
-    if (clip := cfg.algorithms.gradient_clipping) is not None:
-        chosen.append(algorithms.GradientClipping(clip.clipping_type, clip.clipping_threshold))
+    """The gradients' averaging and clipping, and the masks' driver."""
+    clip = cfg.algorithms.gradient_clipping
+    clipping = (clip.clipping_type, clip.clipping_threshold) if clip is not None else ()
+    chosen: list[Algorithm] = [Gradients(masks, *clipping)]
     if masks is not None and cfg.model.l0_module is not None:
         constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
         chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
@@ -111,7 +113,12 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
         ours.append(PruningCallback(masks, to_target, folder / "gates" if folder else None))
     ours.append(
         DynamicLoadingCallback(
-            dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
+            dataset,
+            d.target_loss,
+            dynamic=d.dynamic,
+            update_type=d.update_type,
+            eta=d.eta,
+            c=d.c,
             clamp_excess=d.clamp_excess,
         )  # fmt: skip
     )
@@ -198,10 +205,8 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     options = {name: getattr(cfg, name) for name in passed}
     options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
     options["precision"] = "fp32" if device == "cpu" else cfg.precision
-    if cfg.fsdp_config is not None and device == "cpu":
-        log.warning("fsdp_config: ignored on a CPU; ranks are replicas (DDP)")
-    elif cfg.fsdp_config is not None:
-        options["parallelism_config"] = {"fsdp": dict(cfg.fsdp_config)}
+    if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
+        options["parallelism_config"] = {"fsdp": sharding}
     return options
 
 

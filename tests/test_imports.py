@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "gather"},
     {"config", "axes", "loss"},
     {"families", "masks"},
-    {"gating", "selection_io", "data"},
+    {"gating", "selection_io", "data", "distributed"},
     {"model", "pruners"},
     {"checkpoint"},
     {"callbacks", "convert"},
