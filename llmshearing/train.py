@@ -1,9 +1,9 @@
 """Prune or continue to pretrain: one YAML file and overrides in, checkpoints out.
 
-configuration -> source (config, table, weights) + masks -> domain mixture -> Composer trainer -> checkpoints
+    configuration -> source (config, table, weights) + masks -> domain mixture -> Composer trainer -> checkpoints
 
-composer -n 8 llmshearing/train.py configs/llama2/7b.yaml data_local=DATA model.path=HF_DIR save_folder=RUN
-python -m llmshearing.train configs/llama2/7b.yaml --dry-run
+    composer -n 8 llmshearing/train.py configs/llama2/7b.yaml data_local=DATA model.path=HF_DIR save_folder=RUN
+    python -m llmshearing.train configs/llama2/7b.yaml --dry-run
 """
 
 from __future__ import annotations
@@ -113,12 +113,7 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
         ours.append(PruningCallback(masks, to_target, folder / "gates" if folder else None))
     ours.append(
         DynamicLoadingCallback(
-            dataset,
-            d.target_loss,
-            dynamic=d.dynamic,
-            update_type=d.update_type,
-            eta=d.eta,
-            c=d.c,
+            dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
             clamp_excess=d.clamp_excess,
         )  # fmt: skip
     )
