@@ -64,7 +64,7 @@ class Gating:
             return None
         query, kv = (self.table.part(axis, layer, self.selection) for axis in self.table.attention_axes)
         lengths = [
-            self.table.axes[axis].length if part.index is None else len(part.index)
+            self.table.at_layer(layer).axes[axis].length if part.index is None else len(part.index)
             for axis, part in zip(self.table.attention_axes, (query, kv), strict=True)
         ]
         return lengths[0] // lengths[1] if lengths[1] else None
