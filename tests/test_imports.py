@@ -12,6 +12,7 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors", "gather", "norm"},
+    {"nonuniform"},
     {"config", "axes", "loss"},
     {"families", "masks"},
     {"gating", "selection_io", "data"},
