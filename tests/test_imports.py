@@ -12,7 +12,7 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors", "gather"},
-    {"config", "axes", "loss"},
+    {"config", "axes", "loss", "storage"},
     {"families", "masks"},
     {"gating", "selection_io", "data"},
     {"model", "pruners"},
