@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmshearing"
 LAYERS = [
     {"errors", "gather", "norm"},
     {"nonuniform"},
-    {"config", "axes", "loss"},
+    {"config", "axes", "loss", "storage"},
     {"families", "masks"},
     {"gating", "selection_io", "data"},
     {"model", "pruners"},
