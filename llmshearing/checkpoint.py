@@ -50,6 +50,9 @@ class CheckpointInfo:
     """What was done to make it, oldest first."""
     generation_config: dict[str, Any] | None = None
     """The source's, where it had one."""
+    evaluation: dict[str, Any] | None = None
+    """``batch``, ``loss`` and ``domains`` (nats per token) of the last evaluation of the model that is in the file, or
+    that its masks fold to; None: there was none."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -183,7 +186,7 @@ def _load(file: Path, verify: bool) -> Any:
             with zipfile.ZipFile(file) as archive:
                 if bad := archive.testzip():
                     raise ShearingError(f"checkpoint {file} is damaged: checksum of its record {bad} is wrong")
-        with torch.serialization.safe_globals(_plain_types()):
+        with torch.serialization.safe_globals(plain_types()):
             return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         if isinstance(error, ShearingError):
@@ -192,7 +195,7 @@ def _load(file: Path, verify: bool) -> Any:
         raise ShearingError(f"checkpoint {file} is damaged or no checkpoint of torch.save: {reason}") from error
 
 
-def _plain_types() -> list[Any]:
+def plain_types() -> list[Any]:
     """The types beyond torch's own list in Composer's files: RNG and timestamps. None of them runs code."""
     reconstruct: Any = np.zeros(1).__reduce__()[0]
     # Its module moved between numpy 1 and 2: files of either load.
