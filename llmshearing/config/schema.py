@@ -342,7 +342,7 @@ class Config:
     loggers: Loggers = field(default_factory=Loggers)
     """Where metrics go."""
     save_folder: str | None = None
-    """Directory of checkpoints and of the resolved configuration; null saves nothing."""
+    """Local directory of checkpoints and of the resolved configuration; null saves nothing."""
     save_interval: str = time("1000ba", positive=True)
     """Time between checkpoints; the end of the run is always saved."""
     save_overwrite: bool = False
@@ -355,7 +355,13 @@ class Config:
     """Name of the link to the newest checkpoint."""
     load_path: str | None = None
     """Checkpoint to start from."""
+    trust_checkpoint: bool = False
+    """Load a load_path from outside save_folder even where that could run code hidden in it (a pickle)."""
     load_weights_only: bool = False
     """Take only the weights of load_path, not the optimizer's state and the clock."""
     autoresume: bool = False
-    """Continue from save_folder's newest checkpoint; needs save_folder and run_name."""
+    """Continue from save_folder's newest whole checkpoint, where there is one; needs save_folder."""
+    first_batch_tolerance: float | None = number(1.0, low=0)
+    """Stop where the first batch's loss is this much (nats) above the one recorded with the weights; null: never."""
+    record_samples: bool = False
+    """Write the ids of the samples that each batch was trained on to save_folder/samples-rank<rank>.jsonl."""
