@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors", "gather"},
-    {"config", "axes", "loss"},
+    {"errors", "gather", "norm"},
+    {"nonuniform"},
+    {"config", "axes", "loss", "storage"},
     {"families", "masks"},
     {"gating", "selection_io", "data"},
     {"model", "pruners"},

@@ -68,8 +68,9 @@ class L0Module:
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)
     """Seed of the masks' noise."""
-    round_to: int = count(1)
-    """In training, open units are rounded up to a multiple of this many (GPU tiles); the extra ones have gate 0."""
+    round_to: int = count(8)
+    """Open elements of each axis are rounded up to a multiple of this many, which are quicker to multiply (64 suits
+    GPU tiles); the extra units have gate 0, so that nothing changes but the time. 1: no rounding."""
 
 
 @dataclass
