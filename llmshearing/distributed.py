@@ -61,8 +61,7 @@ def fsdp2(cfg: Config, ranks: int) -> FSDP2Config | None:
 
 def reads_source(cfg: Config) -> bool:
     """Whether this rank reads the source's weights; else it makes an empty model and is handed its shards."""
-    everyone = fsdp2(cfg, dist.get_world_size()) is None or cfg.model.init_device == "cpu"
-    return everyone or dist.get_global_rank() == 0
+    return cfg.fsdp_config is None or cfg.model.init_device == "cpu" or dist.get_global_rank() == 0
 
 
 def mark_units(model: nn.Module, masks: nn.Module | None) -> None:
