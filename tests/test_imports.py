@@ -15,7 +15,7 @@ LAYERS = [
     {"nonuniform"},
     {"config", "axes", "loss", "storage", "signals", "watch"},
     {"families", "masks"},
-    {"gating", "selection_io", "data"},
+    {"gating", "selection_io", "data", "distributed"},
     {"model", "pruners"},
     {"checkpoint"},
     {"callbacks", "convert"},
