@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llmshearing.data.loader import build_eval_dataloader, build_train_dataloade
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
+from llmshearing.optimizer import FusedDecoupledAdamW
 from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
 
 log = logging.getLogger("llmshearing.train")
@@ -78,7 +80,7 @@ def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config)
 def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     """AdamW over the groups."""
     o = cfg.optimizer
-    kinds = {"decoupled_adamw": optim.DecoupledAdamW, "adamw": torch.optim.AdamW}
+    kinds = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
     return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
 
