@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from llmshearing.distributed import fsdp2
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
+from llmshearing.optimizer import FusedDecoupledAdamW
 from llmshearing.resume import check_load_path, plain_data_only, prepare
 from llmshearing.safety import build_safety, restore_random
 from llmshearing.signals import StopRequest, stop_request
@@ -85,7 +87,7 @@ def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config)
 def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     """AdamW over the groups."""
     o = cfg.optimizer
-    kinds = {"decoupled_adamw": optim.DecoupledAdamW, "adamw": torch.optim.AdamW}
+    kinds = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
     return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
 
