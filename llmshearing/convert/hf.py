@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmshearing.checkpoint import CheckpointInfo, check_weights, save_checkpoint
 from llmshearing.convert.arguments import check_facts
@@ -73,7 +73,7 @@ def build_model(
     weights: Mapping[str, Tensor], config: PretrainedConfig, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
     """The transformers model with these weights, strictly; "auto": the weights' dtype."""
-    named = getattr(transformers, model_class(config))
+    named = causal_lm(config)
     wanted = next(iter(weights.values())).dtype if dtype == "auto" else dtype
     model, report = named.from_pretrained(
         None, config=config, state_dict=dict(weights), dtype=wanted, output_loading_info=True
@@ -150,5 +150,11 @@ def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) 
 
 def model_class(config: PretrainedConfig) -> str:
     """Name of the class that the config asks for, else of its model type's causal LM."""
+    return causal_lm(config).__name__
+
+
+def causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config asks for, else its model type's causal LM."""
     named = (config.architectures or [None])[0]
-    return named if named and hasattr(transformers, named) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return known if not named or named == known.__name__ else getattr(transformers, named, known)

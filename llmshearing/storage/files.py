@@ -1,60 +1,14 @@
-"""Parts of files as files of their own; and new files, which appear whole or not at all."""
+"""A file appears whole or not at all, and what stands against it is one error."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from llmshearing import durable
 from llmshearing.errors import ShearingError
-
-
-class Window(io.RawIOBase):
-    """``length`` bytes of a file from ``start`` on, for reading; None: to its end. Closes with its last user."""
-
-    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._start, self._at = start, 0
-        self.length = os.fstat(self._descriptor).st_size - start if length is None else length
-
-    def fill(self, buffer: memoryview, at: int) -> None:
-        """Read exactly as much as the buffer holds.
-
-        Raises:
-            EOFError: there is less.
-        """
-        if at + len(buffer) > self.length or os.preadv(self._descriptor, [buffer], self._start + at) != len(buffer):
-            raise EOFError(f"cut off: {len(buffer):,} bytes from {at:,} on are not there")
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(0, self.length - self._at))
-        read = os.preadv(self._descriptor, [memoryview(buffer)[:size]], self._start + self._at)
-        self._at += read
-        return read
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
-        if base + offset < 0:
-            raise OSError(f"seek to {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
 
 
 @contextmanager
@@ -64,25 +18,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ShearingError: it cannot be written (the disk is full, ...); what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with durable.whole(path) as temporary, open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
     except OSError as error:
         raise ShearingError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    """A new name is on the disk once its directory is."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

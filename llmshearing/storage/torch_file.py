@@ -27,8 +27,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from llmshearing.errors import ShearingError
-from llmshearing.storage.files import Window
 from llmshearing.storage.lazy import LazyTensor
+from llmshearing.storage.window import Window
 
 CHUNK = 16 << 20  # bytes read at once
 TENSORS = "/data/"  # in the names of records that hold tensors
