@@ -108,14 +108,17 @@ class Watch:
                 return self.store.get("lost").decode()
             beat = self.store.get(f"beat{watched}")
         except RuntimeError:  # DistStoreError and its kin
-            return f"rank 0 is gone: it does not answer; this rank was at {_place(self.progress)}"
+            return f"rank 0 is gone: it does not answer; rank {self.rank} is at {_place(self.progress)}"
         now = time.monotonic()
         if beat != self._seen[0]:
             self._seen = (beat, now)
         quiet = now - self._seen[1]
         if quiet <= silence:
             return None
-        return f"rank {watched} is gone: nothing heard from it for {quiet:.0f} s; last at {_place(json.loads(beat))}"
+        return (
+            f"rank {watched} is gone: nothing heard from it for {quiet:.0f} s, last at {_place(json.loads(beat))}; rank "
+            f"{self.rank} is at {_place(self.progress)}"
+        )
 
     def _furthest_behind(self) -> str | None:
         try:
