@@ -2,8 +2,8 @@
 
     python tests/faults/campaign.py [--kills 32] [--seed 0] [--report benchmarks/results/faults.json]
 
-Each run is killed several times, started again each time, and in the end compared bit for bit with one that ran through:
-weights, gates, multipliers, optimizer, schedule, mixture, evaluations, and the ids of the samples of every batch.
+Each run is killed several times, started again each time, and in the end compared bit for bit with one that ran
+through: weights, gates, multipliers, optimizer, schedule, mixture, evaluations, and the samples of every batch.
 """
 
 import argparse
@@ -78,8 +78,9 @@ def campaign(root: Path, kills: int, seed: int, say=print) -> dict:
         differ = differences(references[stage, ranks], job.result())
         for row in mine:
             row["survived"] = not differ and row["lost"] <= INTERVAL
-            say(f"{stage:9s} {ranks} ranks  {row['where']:10s} {row['event']:18s} of {row['rank']}: "
-                f"begun {row['begun']:2d} saved {row['saved']:2d}  {'ok' if row['survived'] else 'DIFFERS'} {differ}")  # fmt: skip
+            verdict = "ok" if row["survived"] else f"DIFFERS in {differ}"
+            place = f"{row['where']:10s} {row['event']:18s} rank {row['rank']}"
+            say(f"{stage:9s} {ranks} ranks  {place}: begun {row['begun']:2d} saved {row['saved']:2d}  {verdict}")
         rows += mine
         runs.append({"stage": stage, "ranks": ranks, "differs": differ})
         shutil.rmtree(folder)
@@ -93,10 +94,13 @@ def summary(result: dict) -> dict:
         "kills": len(killed),
         "survived": sum(row["survived"] for row in killed),
         "by_place": {place: sum(row["where"] == place for row in killed) for place in sorted(set(PLACES))},
-        "by_setting": {f"{s}, {r} ranks": sum((row["stage"], row["ranks"]) == (s, r) for row in killed) for s, r in SETTINGS},
+        "by_setting": {
+            f"{stage}, {ranks} ranks": sum(row["stage"] == stage and row["ranks"] == ranks for row in killed)
+            for stage, ranks in SETTINGS
+        },
         "most_batches_lost": max(row["lost"] for row in killed),
         "save_interval": INTERVAL,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
