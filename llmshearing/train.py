@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist, get_device
+from composer.utils import dist, format_name_with_dist
 
 from llmshearing.callbacks.checkpoint_info import CheckpointInfo
 from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
@@ -40,7 +40,7 @@ from llmshearing.resume import check_load_path, plain_data_only, prepare
 from llmshearing.safety import build_safety, restore_random
 from llmshearing.signals import StopRequest, stop_request
 from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
-from llmshearing.watch import Watch, watching
+from llmshearing.watch import Watch, meet, watching
 
 log = logging.getLogger("llmshearing.train")
 
@@ -296,7 +296,7 @@ def train(cfg: Config) -> Trainer:
         check_files(cfg)
         source = read_source(cfg)
         device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
-        dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)
+        meet(device, cfg.dist_timeout)
         log.info("%s", describe(source))
         with watching(cfg.dist_timeout) as watch:
             trainer = build_trainer(cfg, source, device, request, watch)
@@ -306,7 +306,9 @@ def train(cfg: Config) -> Trainer:
             except Stopped:
                 trainer.engine.close()
                 raise
-        trainer.close()
+            if watch is not None:
+                watch.stop()
+            trainer.close()
         return trainer
 
 
