@@ -83,10 +83,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Units:
-    """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1."""
+    """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1.
+
+    padding: how many of them are closed units with gate 0, there to make a legal or handy number.
+    """
 
     index: Tensor
     gate: Tensor | None = None
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,18 @@ class Selection:
 
     units: kind -> one :class:`Units` (kinds shared by all layers) or one per *source* layer; a kind that is absent
     stays whole. blocks: block -> gate [L]; 0 closes it; an absent block is open. A layer with all blocks closed is
-    dropped.
+    dropped. known_open: ``block_open``, where the maker has it at hand already.
     """
 
     units: Mapping[str, tuple[Units, ...]] = field(default_factory=dict)
     blocks: Mapping[str, Tensor] = field(default_factory=dict)
+    known_open: Mapping[str, list[bool]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def block_open(self) -> dict[str, list[bool]]:
-        """block -> whether it is open, by layer (one transfer from the device for all blocks)."""
+    def block_open(self) -> Mapping[str, list[bool]]:
+        """block -> whether it is open, by layer (a transfer from the device for each block, unless known already)."""
+        if self.known_open is not None:
+            return self.known_open
         return {block: (gate.detach() != 0).tolist() for block, gate in self.blocks.items()}
 
     def is_open(self, block: str, layer: int) -> bool:
@@ -118,10 +125,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Part:
-    """What of one dimension stays: elements ``index`` (None: all) times ``gate`` (None: 1)."""
+    """What of one dimension stays: elements ``index`` (None: all) times ``gate`` (None: 1), ``padding`` of them 0."""
 
     index: Tensor | None = None
     gate: Tensor | None = None
+    padding: int = 0
 
 
 WHOLE = Part()
@@ -230,31 +238,51 @@ class Table:
                 total = total.to(per_layer.device) + per_layer.sum()
         return total
 
+    def multiple(self, kind: str, elements: int) -> int:
+        """The number of units of a kind whose multiples are multiples of so many elements on every axis of the kind."""
+        per_unit = [axis.per_unit for axis in self.axes.values() if axis.kind == kind]
+        return math.lcm(*(elements // math.gcd(elements, per) for per in per_unit))
+
+    def _axis_units(self, axis: Axis, layer: int | None, selection: Selection) -> Units | None:
+        """The units that stay on an axis in a layer; None: all."""
+        if axis.kind is None or axis.kind not in selection.units:
+            return None
+        per_row = selection.units[axis.kind]
+        return per_row[0] if self.kinds[axis.kind].rows is None else per_row[layer]  # type: ignore[index]
+
+    def length(self, axis_name: str, layer: int | None, selection: Selection) -> int:
+        """Number of elements of an axis that stay in a layer."""
+        axis = self.at_layer(layer).axes[axis_name]
+        units = self._axis_units(axis, layer, selection)
+        return axis.length if units is None else len(units.index) * axis.per_unit
+
     def part(self, axis_name: str, layer: int | None, selection: Selection) -> Part:
         """What of an axis stays in a layer."""
         axis = self.at_layer(layer).axes[axis_name]
-        if axis.kind is None or axis.kind not in selection.units:
+        units = self._axis_units(axis, layer, selection)
+        if units is None:
             return WHOLE
-        per_row = selection.units[axis.kind]
-        units = per_row[0] if self.kinds[axis.kind].rows is None else per_row[layer]  # type: ignore[index]
         if axis.per_unit == 1:
-            return Part(units.index, units.gate)
+            return Part(units.index, units.gate, units.padding)
         offsets = torch.arange(axis.per_unit, device=units.index.device)
         index = (units.index[:, None] * axis.per_unit + offsets).flatten()
-        return Part(index, None if units.gate is None else units.gate.repeat_interleave(axis.per_unit))
+        gate = None if units.gate is None else units.gate.repeat_interleave(axis.per_unit)
+        return Part(index, gate, units.padding * axis.per_unit)
 
     def resolve(self, selection: Selection) -> dict[str, Cut]:
-        """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in."""
+        """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in; none in closed layers."""
         memo: dict[tuple[str, int | None], Part] = {}
         scales = {block: gate.unbind() for block, gate in selection.blocks.items()}
         cuts = {}
         for name, spec, layer in self.instances():
+            if layer is not None and not selection.layer_is_open(layer):
+                continue
             parts = []
             for axis in spec.axes:
                 kind = self.kinds.get(self.axes[axis].kind or "")
                 key = (axis, layer if kind is not None and kind.rows is not None else None)
                 part = memo[key] if key in memo else memo.setdefault(key, self.part(axis, layer, selection))
-                parts.append(part if axis in spec.gates else Part(part.index))
+                parts.append(part if axis in spec.gates else Part(part.index, padding=part.padding))
             scaled = spec.scaled and spec.block in scales
             cuts[name] = Cut(tuple(parts), scales[spec.block][layer] if scaled else None)  # type: ignore[index]
         return cuts
@@ -377,6 +405,8 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"its units must ascend, each once, within 0 to {size - 1}"
     elif units.gate is not None and units.gate.shape != units.index.shape:
         yield f"{len(units.gate)} gates for {len(index)} units"
+    elif kind.rows is None and units.padding:
+        yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
     elif len({sum(i // kind.size == row for i in index) for row in range(kind.rows or 1)}) > 1:
         yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 
@@ -414,12 +444,7 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
 
 def folded_sizes(table: Table, selection: Selection) -> dict[int, dict[str, int]]:
     """Kept layer -> its shape after folding, in the config's keys (of layer 0 where none is kept)."""
-
-    def length(axis: str, layer: int) -> int:
-        index = table.part(axis, layer, selection).index
-        return table.at_layer(layer).axes[axis].length if index is None else len(index)
-
     return {
-        layer: {key: length(axis, layer) // per for key, (axis, per) in table.config_axes.items()}
+        layer: {key: table.length(axis, layer, selection) // per for key, (axis, per) in table.config_axes.items()}
         for layer in selection.kept_layers(table.layers) or [0]
     }

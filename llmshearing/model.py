@@ -68,7 +68,7 @@ class ShearingModel(ComposerModel):
         masks: learned masks of ``model``'s table, or None for plain (continued) pretraining.
         domains: number of domains, for the metrics.
         eval_target_model: evaluate at the target shape; else at the size the masks now expect.
-        round_to: round the number of open units up to a multiple (extra units have gate 0).
+        round_to: round the open elements of each axis up to a multiple (extra units have gate 0).
         autocast: dtype of CPU autocast inside forward; Composer itself accepts only float32 on a CPU.
     """
 

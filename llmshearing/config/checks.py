@@ -167,12 +167,21 @@ def check_duration(cfg: Config) -> Iterator[str]:
         yield f"max_duration = {cfg.max_duration}: a time in ba, ep, sp, tok, iter or sec"
 
 
-@reads("autoresume", "save_folder", "run_name")
-def check_autoresume(cfg: Config) -> Iterator[str]:
-    """Resuming finds its checkpoints by folder and name."""
-    for key in ("save_folder", "run_name"):
-        if cfg.autoresume and not getattr(cfg, key):
-            yield f"missing key {key}: autoresume = true finds its checkpoints by save_folder and run_name"
+@reads("autoresume", "save_folder", "run_name", "save_filename", "save_latest_filename", "record_samples")
+def check_saving(cfg: Config) -> Iterator[str]:
+    """Checkpoints are found again by folder and name, and names lead nowhere else."""
+    for key in ("autoresume", "record_samples"):
+        if getattr(cfg, key) and not cfg.save_folder:
+            yield f"missing key save_folder: {key} = true needs it"
+    folder = cfg.save_folder or ""
+    if "://" in folder or "{" in folder:
+        yield f"save_folder = {folder}: must be a local directory, written out (${{run_name}} stands for that key)"
+    for key in ("run_name", "save_filename", "save_latest_filename"):
+        name = getattr(cfg, key)
+        if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+            yield f"{key} = {name}: must be a name without /, all files are written to save_folder"
+    if "{batch}" not in cfg.save_filename or not cfg.save_filename.endswith(".pt"):
+        yield f"save_filename = {cfg.save_filename}: must have {{batch}} in it and end with .pt"
 
 
 # -- model and masks -------------------------------------------------------------------------------------------

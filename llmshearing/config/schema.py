@@ -68,8 +68,9 @@ class L0Module:
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)
     """Seed of the masks' noise."""
-    round_to: int = count(1)
-    """In training, open units are rounded up to a multiple of this many (GPU tiles); the extra ones have gate 0."""
+    round_to: int = count(8)
+    """Open elements of each axis are rounded up to a multiple of this many, which are quicker to multiply (64 suits
+    GPU tiles); the extra units have gate 0, so that nothing changes but the time. 1: no rounding."""
 
 
 @dataclass
@@ -341,7 +342,7 @@ class Config:
     loggers: Loggers = field(default_factory=Loggers)
     """Where metrics go."""
     save_folder: str | None = None
-    """Directory of checkpoints and of the resolved configuration; null saves nothing."""
+    """Local directory of checkpoints and of the resolved configuration; null saves nothing."""
     save_interval: str = time("1000ba", positive=True)
     """Time between checkpoints; the end of the run is always saved."""
     save_overwrite: bool = False
@@ -354,7 +355,13 @@ class Config:
     """Name of the link to the newest checkpoint."""
     load_path: str | None = None
     """Checkpoint to start from."""
+    trust_checkpoint: bool = False
+    """Load a load_path from outside save_folder even where that could run code hidden in it (a pickle)."""
     load_weights_only: bool = False
     """Take only the weights of load_path, not the optimizer's state and the clock."""
     autoresume: bool = False
-    """Continue from save_folder's newest checkpoint; needs save_folder and run_name."""
+    """Continue from save_folder's newest whole checkpoint, where there is one; needs save_folder."""
+    first_batch_tolerance: float | None = number(1.0, low=0)
+    """Stop where the first batch's loss is this much (nats) above the one recorded with the weights; null: never."""
+    record_samples: bool = False
+    """Write the ids of the samples that each batch was trained on to save_folder/samples-rank<rank>.jsonl."""
