@@ -186,7 +186,7 @@ def check_saving(cfg: Config) -> Iterator[str]:
         yield f"save_filename = {cfg.save_filename}: must have {{batch}} in it and end with .pt"
 
 
-@reads("fsdp_config", "model.activation_checkpointing", "precision")
+@reads("fsdp_config", "model.activation_checkpointing", "model.init_device", "precision")
 def check_fsdp(cfg: Config) -> Iterator[str]:
     """Legacy keys say the same as the present ones; what FSDP 2 cannot do is not asked for."""
     fsdp, prefix = cfg.fsdp_config, "fsdp_config"
@@ -208,6 +208,8 @@ def check_fsdp(cfg: Config) -> Iterator[str]:
         )
     if fsdp.load_monolith_rank0_only and fsdp.state_dict_type == "sharded":
         yield f"{prefix}.load_monolith_rank0_only = true with state_dict_type = sharded: it is about full checkpoints"
+    elif fsdp.load_monolith_rank0_only and cfg.model.init_device == "cpu":
+        yield f"{prefix}.load_monolith_rank0_only = true with model.init_device = cpu: the others' weights would stay"
 
 
 # -- model and masks -------------------------------------------------------------------------------------------
