@@ -42,9 +42,10 @@ class Record(Callback):
 
     def fit_start(self, state, logger):
         model = getattr(state.model, "module", state.model).model.model
-        model.layers[0].mlp.register_forward_hook(self._count)
+        # before, not after: recomputing ends within the layer, as soon as all that was dropped is there again
+        model.layers[0].mlp.register_forward_pre_hook(self._count)
 
-    def _count(self, module, args, output):
+    def _count(self, module, args):
         self.layer_calls += module.training
 
     def after_loss(self, state, logger):

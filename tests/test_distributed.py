@@ -44,6 +44,7 @@ def config(lab, tmp_path):
             ["load_monolith_rank0_only", "init_device"],
         ),
         (["fsdp_config={}", "precision=amp_fp16"], ["amp_fp16", "amp_bf16"]),
+        (["fsdp_config={}", "algorithms.gradient_clipping.clipping_type=adaptive"], ["adaptive", "norm or value"]),
         (["fsdp_config={}", "device=gpu", "device_train_microbatch_size=auto"], ["auto", "give a number"]),
     ],
 )

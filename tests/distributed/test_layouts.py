@@ -20,7 +20,7 @@ FIRST_READS = "fsdp_config={load_monolith_rank0_only: true}"
 RECOMPUTE = "model.activation_checkpointing=true"
 CLIPS = {
     name: [f"algorithms.gradient_clipping={{clipping_type: {name}, clipping_threshold: {threshold}}}"]
-    for name, threshold in {"norm": 0.01, "value": 1e-4, "adaptive": 1e-4}.items()
+    for name, threshold in {"norm": 0.01, "value": 1e-4}.items()
 }
 
 
@@ -105,8 +105,9 @@ def assert_same_curve(ranks, one, tolerance, first=0):
         assert [(domain, sample) for domain, sample, _ in row] == [(d, s) for d, s, _ in wanted[batch]], batch
         mean, want = (sum(loss for *_, loss in each) / len(each) for each in (row, wanted[batch]))
         assert mean == pytest.approx(want, rel=tolerance), batch
-        for rank in ranks:  # the penalty is the same on every rank, and counted once
-            assert rank["penalties"].get(batch) == pytest.approx(one["penalties"].get(batch), rel=tolerance, abs=1e-6)
+    for rank in ranks:  # each has the whole penalty; their mean counts it once
+        penalties = {batch: value for batch, value in one["penalties"].items() if batch >= first}
+        assert rank["penalties"] == pytest.approx(penalties, rel=tolerance, abs=1e-6)
     assert ranks[0]["evaluations"] == pytest.approx(one["evaluations"], rel=tolerance)
 
 
@@ -155,13 +156,12 @@ def test_gradients_in_float64(two, alone, layout):
         assert_same_tensors(rank["final"], one["final"], 1e-9)
 
 
-@pytest.mark.parametrize("clip", ["value", "adaptive"])
-def test_other_clippings_of_shards(two, alone, clip):
-    for rank in two[f"{clip} shards"]:
+def test_shards_clipped_by_value(two, alone):
+    one = alone["value"]["gradients"]
+    for rank in two["value shards"]:
         for batch in KEPT:
-            assert_same_tensors(rank["gradients"][batch], alone[clip]["gradients"][batch], 1e-9)
-    largest = max(gradient.abs().max().item() for gradient in alone[clip]["gradients"][0].values())
-    assert clip != "value" or largest == 1e-4
+            assert_same_tensors(rank["gradients"][batch], one[batch], 1e-9)
+    assert max(gradient.abs().max().item() for gradient in one[0].values()) == 1e-4
 
 
 def test_checkpointed_layers_run_twice(two):
