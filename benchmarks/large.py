@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -125,11 +124,13 @@ def one_rank(path: Path) -> None:
 
 
 def measured(*words: str | Path) -> dict[str, float]:
-    """Run a command; its seconds and peak memory (of its largest process)."""
+    """Run a command; its seconds and the peak memory of its largest process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, words)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"seconds": time.perf_counter() - start, "peak_rss": peak}
+    process = subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        sys.exit(f"failed: {' '.join(map(str, words))}")
+    return {"seconds": time.perf_counter() - start, "peak_rss": usage.ru_maxrss * 1024}
 
 
 def stage(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--length", type=int, default=64, help="tokens in a sequence; one sequence a rank and step")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rank", type=Path, metavar="YAML", help=argparse.SUPPRESS)  # how the launcher calls this file
     arguments = parser.parse_args()
@@ -179,10 +180,13 @@ def main() -> None:
         parser.error("--folder is missing")
     parameters = table_for(config_of(arguments)).count()
     print(machine(), f"{parameters:,} parameters")
-    results: dict[str, Any] = {"parameters": parameters, "arguments": {k: str(v) for k, v in vars(arguments).items()}}
+    so_far = arguments.folder / "results.json"  # stages may be run one by one
+    results: dict[str, Any] = json.loads(so_far.read_text()) if so_far.is_file() else {}
+    results |= {"parameters": parameters, "length": arguments.length, "steps": arguments.steps}
     for name in arguments.stages:
         results[name] = stage(name, arguments)
         show(name, results[name])
+        so_far.write_text(json.dumps(results))
     print("wrote", save("large", results))
 
 
