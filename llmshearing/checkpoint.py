@@ -72,6 +72,7 @@ _INFO_TYPES: dict[str, Any] = {
     "tokenizer": (str, _OR_NONE),
     "history": list,
     "generation_config": (dict, _OR_NONE),
+    "evaluation": (dict, _OR_NONE),
 }
 
 
@@ -200,6 +201,7 @@ def save_checkpoint(
 def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     if isinstance(told, dict) and isinstance(told.get("hf_config"), dict):
         known = {item.name for item in fields(CheckpointInfo)}
+        told = {**told, "evaluation": _mapping(told.get("evaluation"))}
         info = CheckpointInfo(**{key: value for key, value in told.items() if key in known})
         if wrong := [key for key, kinds in _INFO_TYPES.items() if not isinstance(getattr(info, key), kinds)]:
             raise ShearingError(f"{file}: {', '.join(wrong)} in its CheckpointInfo is not what it should be")
@@ -216,6 +218,14 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     except (TypeError, ValueError) as error:
         raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
     return CheckpointInfo(config.to_dict(), history=[f"read {file.name}, which does not tell how it was made"])
+
+
+def _mapping(value: Any) -> Any:
+    """A list of pairs, as callbacks/checkpoint_info.py writes it, as a dict; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    pairs = all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
+    return dict(value) if pairs else value
 
 
 def check_weights(where: str, weights: Mapping[str, LazyTensor], table: Table) -> LazyTensors:

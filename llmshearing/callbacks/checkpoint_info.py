@@ -28,9 +28,15 @@ class CheckpointInfo(Callback):
             self.info["evaluation"] = evaluation_record(state, self.set_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """The information."""
-        return dict(self.info)
+        """The information; the evaluation as pairs.
+
+        torch.distributed.checkpoint takes a mapping apart and wants the parts that it saved to be there when it loads,
+        where nothing has been evaluated yet. A list it leaves whole.
+        """
+        evaluation = self.info["evaluation"]
+        return {**self.info, "evaluation": None if evaluation is None else list(evaluation.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The evaluation; for the rest the running configuration holds."""
-        self.info["evaluation"] = state.get("evaluation")
+        evaluation = state.get("evaluation")
+        self.info["evaluation"] = None if evaluation is None else dict(evaluation)
