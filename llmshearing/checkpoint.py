@@ -224,7 +224,7 @@ def _mapping(value: Any) -> Any:
     """A list of pairs, as callbacks/checkpoint_info.py writes it, as a dict; anything else as it is."""
     if not isinstance(value, list):
         return value
-    pairs = all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
+    pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
     return dict(value) if pairs else value
 
 
