@@ -65,6 +65,7 @@ class CheckpointInfo:
         return replace(self, history=[*self.history, done], **changes)
 
 
+MAPPINGS = ("hf_config", "masks", "generation_config", "evaluation")  # saved by a run as lists of pairs
 _OR_NONE = type(None)
 _INFO_TYPES: dict[str, Any] = {
     "masks": (dict, _OR_NONE),
@@ -199,9 +200,10 @@ def save_checkpoint(
 
 
 def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
+    if isinstance(told, dict):
+        told = {key: _mapping(value) if key in MAPPINGS else value for key, value in told.items()}
     if isinstance(told, dict) and isinstance(told.get("hf_config"), dict):
         known = {item.name for item in fields(CheckpointInfo)}
-        told = {**told, "evaluation": _mapping(told.get("evaluation"))}
         info = CheckpointInfo(**{key: value for key, value in told.items() if key in known})
         if wrong := [key for key, kinds in _INFO_TYPES.items() if not isinstance(getattr(info, key), kinds)]:
             raise ShearingError(f"{file}: {', '.join(wrong)} in its CheckpointInfo is not what it should be")

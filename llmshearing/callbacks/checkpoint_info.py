@@ -28,13 +28,12 @@ class CheckpointInfo(Callback):
             self.info["evaluation"] = evaluation_record(state, self.set_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """The information; the evaluation as pairs.
+        """The information; what is a mapping in it, as a list of pairs.
 
-        torch.distributed.checkpoint takes a mapping apart and wants the parts that it saved to be there when it loads,
-        where nothing has been evaluated yet. A list it leaves whole.
+        torch.distributed.checkpoint takes mappings apart: when it loads it wants each key that is here now to have been
+        saved (an evaluation, or a key that a newer transformers has, was not), and writes into the mapping itself.
         """
-        evaluation = self.info["evaluation"]
-        return {**self.info, "evaluation": None if evaluation is None else list(evaluation.items())}
+        return {key: list(value.items()) if isinstance(value, dict) else value for key, value in self.info.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The evaluation; for the rest the running configuration holds."""

@@ -88,6 +88,10 @@ def two(jobs, alone):
     runs["norm", "recomputing replicas"] = jobs.few(RECOMPUTE, double=True)
     runs["norm", "recomputing shards"] = jobs.few(SHARDS, RECOMPUTE, double=True)
     runs["norm", "shards read by all"] = jobs.few(SHARDS, "model.init_device=cpu", double=True)
+    # without trust_checkpoint: the run's own folder, of which plain data alone is loaded
+    saving = [FOLDERS, f"save_folder={jobs.root / 'own'}", "save_interval=3ba", "autoresume=true", "eval_interval=2ba"]
+    runs["own folders", "begun"] = jobs.few(*saving, "max_duration=3ba")
+    runs["own folders", "resumed"] = jobs.few(*saving)
     runs["bf16", "replicas"] = jobs.few(autocast=True)
     runs["bf16", "shards"] = jobs.few(SHARDS, autocast=True)
     return on_ranks(2, {" ".join(key): job for key, job in runs.items()}, jobs.root / "two")
@@ -210,3 +214,9 @@ def test_going_on_alone_from_a_sharded_folder(two, alone, jobs):
     result = execute(jobs.go_on("prune", "folders", FOLDERS, MICROBATCHES))
     assert_same_curve([result], alone["prune"], 1e-4, first=SAVED)
     assert result["sharded"] > 0
+
+
+def test_autoresume_from_its_own_sharded_folder(two):
+    begun, resumed = two["own folders begun"], two["own folders resumed"]
+    for before, after in zip(begun, resumed, strict=True):
+        assert list(before["batches"]) == [0, 1, 2] and list(after["batches"]) == [3, 4]
