@@ -9,6 +9,9 @@ import torch
 from helpers_layouts import Job, execute, on_ranks
 from helpers_runs import TARGET, make_model, settings, write_yaml
 
+from llmshearing.checkpoint import read_checkpoint
+from llmshearing.convert import prune_and_save_model
+
 pytestmark = pytest.mark.slow
 
 STEPS, SAVED, FEW = 50, 35, 5
@@ -220,3 +223,11 @@ def test_autoresume_from_its_own_sharded_folder(two):
     begun, resumed = two["own folders begun"], two["own folders resumed"]
     for before, after in zip(begun, resumed, strict=True):
         assert list(before["batches"]) == [0, 1, 2] and list(after["batches"]) == [3, 4]
+
+
+def test_sharded_folder_folds_as_one_file_does(two, jobs, tmp_path):
+    folder, file = (jobs.root / "prune" / name / "latest-rank0.pt" for name in ("folders", "replicas"))
+    assert folder.is_dir() and file.is_file()
+    sharded, one = (read_checkpoint(prune_and_save_model(p, tmp_path / f"{p.is_dir()}.pt")) for p in (folder, file))
+    assert_same_tensors(dict(sharded.weights), dict(one.weights), 1e-4)
+    assert sharded.info.hf_config == one.info.hf_config
