@@ -65,6 +65,7 @@ class CheckpointInfo:
         return replace(self, history=[*self.history, done], **changes)
 
 
+MAPPINGS = ("hf_config", "masks", "generation_config", "evaluation")  # saved by a run as lists of pairs
 _OR_NONE = type(None)
 _INFO_TYPES: dict[str, Any] = {
     "masks": (dict, _OR_NONE),
@@ -72,6 +73,7 @@ _INFO_TYPES: dict[str, Any] = {
     "tokenizer": (str, _OR_NONE),
     "history": list,
     "generation_config": (dict, _OR_NONE),
+    "evaluation": (dict, _OR_NONE),
 }
 
 
@@ -198,6 +200,8 @@ def save_checkpoint(
 
 
 def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
+    if isinstance(told, dict):
+        told = {key: _mapping(value) if key in MAPPINGS else value for key, value in told.items()}
     if isinstance(told, dict) and isinstance(told.get("hf_config"), dict):
         known = {item.name for item in fields(CheckpointInfo)}
         info = CheckpointInfo(**{key: value for key, value in told.items() if key in known})
@@ -216,6 +220,14 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     except (TypeError, ValueError) as error:
         raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
     return CheckpointInfo(config.to_dict(), history=[f"read {file.name}, which does not tell how it was made"])
+
+
+def _mapping(value: Any) -> Any:
+    """A list of pairs, as callbacks/checkpoint_info.py writes it, as a dict; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    pairs = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in value)
+    return dict(value) if pairs else value
 
 
 def check_weights(where: str, weights: Mapping[str, LazyTensor], table: Table) -> LazyTensors:

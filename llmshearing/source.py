@@ -114,6 +114,7 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     if not reads_source(cfg):
         with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
             model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         load_weights(model, source.checkpoint.weights)

@@ -28,9 +28,14 @@ class CheckpointInfo(Callback):
             self.info["evaluation"] = evaluation_record(state, self.set_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """The information."""
-        return dict(self.info)
+        """The information; what is a mapping in it, as a list of pairs.
+
+        torch.distributed.checkpoint takes mappings apart: when it loads it wants each key that is here now to have been
+        saved (an evaluation, or a key that a newer transformers has, was not), and writes into the mapping itself.
+        """
+        return {key: list(value.items()) if isinstance(value, dict) else value for key, value in self.info.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The evaluation; for the rest the running configuration holds."""
-        self.info["evaluation"] = state.get("evaluation")
+        evaluation = state.get("evaluation")
+        self.info["evaluation"] = None if evaluation is None else dict(evaluation)

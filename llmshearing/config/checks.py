@@ -186,7 +186,7 @@ def check_saving(cfg: Config) -> Iterator[str]:
         yield f"save_filename = {cfg.save_filename}: must have {{batch}} in it and end with .pt"
 
 
-@reads("fsdp_config", "model.activation_checkpointing", "precision")
+@reads("fsdp_config", "model.activation_checkpointing", "model.init_device", "precision", "algorithms")
 def check_fsdp(cfg: Config) -> Iterator[str]:
     """Legacy keys say the same as the present ones; what FSDP 2 cannot do is not asked for."""
     fsdp, prefix = cfg.fsdp_config, "fsdp_config"
@@ -196,6 +196,9 @@ def check_fsdp(cfg: Config) -> Iterator[str]:
         yield f"{prefix}.activation_cpu_offload = true: must be false; model.activation_checkpointing saves more memory"
     if cfg.precision == "amp_fp16":
         yield "precision = amp_fp16 with fsdp_config: the loss scale of ranks could part; take amp_bf16, or replicas"
+    clip = cfg.algorithms.gradient_clipping
+    if clip is not None and clip.clipping_type == "adaptive":
+        yield "algorithms.gradient_clipping.clipping_type = adaptive with fsdp_config: norm or value"
     if fsdp.sharding_strategy == "SHARD_GRAD_OP" and fsdp.reshard_after_forward:
         yield (
             f"{prefix}.reshard_after_forward = true, but sharding_strategy = SHARD_GRAD_OP means false: leave one out"
@@ -208,6 +211,8 @@ def check_fsdp(cfg: Config) -> Iterator[str]:
         )
     if fsdp.load_monolith_rank0_only and fsdp.state_dict_type == "sharded":
         yield f"{prefix}.load_monolith_rank0_only = true with state_dict_type = sharded: it is about full checkpoints"
+    elif fsdp.load_monolith_rank0_only and cfg.model.init_device == "cpu":
+        yield f"{prefix}.load_monolith_rank0_only = true with model.init_device = cpu: the others' weights would stay"
 
 
 # -- model and masks -------------------------------------------------------------------------------------------

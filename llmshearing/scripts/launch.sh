@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node: composer starts a process per GPU (or PROCESSES of them) and stops all when one fails.
+# One node, or several where it is started on each: composer starts a process per GPU and stops all when one fails.
 set -euo pipefail
 
 usage() {
@@ -9,6 +9,10 @@ usage: launch.sh CONFIG.yaml [key=value ...]
 Trains on all GPUs of this machine (one process where there is none).
   PROCESSES=N  number of processes
   PYTHON=...   interpreter whose environment has llmshearing (.venv of \`make install\`, else python3)
+Several nodes without SLURM: run it on each, with
+  WORLD_SIZE=N            processes of all nodes together
+  NODE_RANK=n             this node, from 0
+  MASTER_ADDR=host  MASTER_PORT=port   of node 0
 
 example: PROCESSES=8 llmshearing/scripts/launch.sh configs/llama2/7b.yaml model.path=models/Llama-2-7b-hf
 EOF
