@@ -129,10 +129,10 @@ def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
         check_same_run(path, source, masks)
         durable.point(folder / cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0), path)
         return path
-    if candidates:
+    if damaged := sorted(path.name for path in folder.glob(f"*{DAMAGED}*")):
         raise ShearingError(
-            f"autoresume: none of the {len(candidates)} checkpoints in {folder} is whole (see above; they are kept "
-            f"as *{DAMAGED}). Give load_path=<another checkpoint>, or another save_folder to begin anew"
+            f"autoresume: no checkpoint in {folder} is whole; kept there: {', '.join(damaged)}. Repair or remove them, "
+            "or begin anew in another save_folder"
         )
     return None
 
