@@ -17,6 +17,7 @@ Shape legend: L layers; N units of a kind in one row; a row is what shares one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -82,10 +83,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Units:
-    """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1."""
+    """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1.
+
+    padding: how many of them are closed units with gate 0, there to make a legal or handy number.
+    """
 
     index: Tensor
     gate: Tensor | None = None
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,18 @@ class Selection:
 
     units: kind -> one :class:`Units` (kinds shared by all layers) or one per *source* layer; a kind that is absent
     stays whole. blocks: block -> gate [L]; 0 closes it; an absent block is open. A layer with all blocks closed is
-    dropped.
+    dropped. known_open: ``block_open``, where the maker has it at hand already.
     """
 
     units: Mapping[str, tuple[Units, ...]] = field(default_factory=dict)
     blocks: Mapping[str, Tensor] = field(default_factory=dict)
+    known_open: Mapping[str, list[bool]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def block_open(self) -> dict[str, list[bool]]:
-        """block -> whether it is open, by layer (one transfer from the device for all blocks)."""
+    def block_open(self) -> Mapping[str, list[bool]]:
+        """block -> whether it is open, by layer (a transfer from the device for each block, unless known already)."""
+        if self.known_open is not None:
+            return self.known_open
         return {block: (gate.detach() != 0).tolist() for block, gate in self.blocks.items()}
 
     def is_open(self, block: str, layer: int) -> bool:
@@ -117,10 +125,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Part:
-    """What of one dimension stays: elements ``index`` (None: all) times ``gate`` (None: 1)."""
+    """What of one dimension stays: elements ``index`` (None: all) times ``gate`` (None: 1), ``padding`` of them 0."""
 
     index: Tensor | None = None
     gate: Tensor | None = None
+    padding: int = 0
 
 
 WHOLE = Part()
@@ -140,7 +149,8 @@ class Table:
 
     config_axes: key of the model's config -> (axis, elements per unit of that key), e.g. ``num_attention_heads`` ->
     ("query", head_dim). layers_key: the config's key for the number of layers. attention_axes: the axes of queries and
-    of keys and values; their lengths' ratio is the number of query heads that share a KV head.
+    of keys and values; their lengths' ratio is the number of query heads that share a KV head. of_layer: where layers
+    differ in size, for each the table of a model of layers like it; ``kinds`` and ``axes`` then hold the largest sizes.
     """
 
     family: str
@@ -151,6 +161,11 @@ class Table:
     config_axes: Mapping[str, tuple[str, int]]
     layers_key: str = "num_hidden_layers"
     attention_axes: tuple[str, str] = ("query", "kv")
+    of_layer: tuple[Table, ...] = ()
+
+    def at_layer(self, layer: int | None) -> Table:
+        """The table whose kinds and axes hold for a layer (None: for what is outside the layers)."""
+        return self.of_layer[layer] if self.of_layer and layer is not None else self
 
     def instances(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
         """(tensor name, row, layer or None) of every tensor of the source model."""
@@ -162,20 +177,20 @@ class Table:
     def by_name(self) -> dict[str, tuple[TensorSpec, int | None]]:
         return {name: (spec, layer) for name, spec, layer in self.instances()}
 
-    def tensor_shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        return tuple(self.axes[axis].length for axis in spec.axes)
+    def tensor_shape(self, spec: TensorSpec, layer: int | None = None) -> tuple[int, ...]:
+        axes = self.at_layer(layer).axes
+        return tuple(axes[axis].length for axis in spec.axes)
 
     def count(self, counted_only: bool = False) -> int:
         """Number of parameters; a tied tensor counts once. ``counted_only``: the rows that expected size counts."""
-        total = 0
-        for spec in self.tensors:
-            if spec.alias is None and (spec.counted or not counted_only):
-                size = torch.Size(self.tensor_shape(spec)).numel()
-                total += size * (self.layers if spec.per_layer else 1)
-        return total
+        return sum(
+            math.prod(self.tensor_shape(spec, layer))
+            for _, spec, layer in self.instances()
+            if spec.alias is None and (spec.counted or not counted_only)
+        )
 
     def shape(self) -> dict[str, int]:
-        """The model's shape in its config's own keys."""
+        """The model's shape in its config's own keys; of layers that differ, the largest sizes."""
         shape = {key: self.axes[axis].length // per for key, (axis, per) in self.config_axes.items()}
         return {**shape, self.layers_key: self.layers}
 
@@ -198,7 +213,7 @@ class Table:
         for name, shape in shapes.items():
             if name not in self.by_name:
                 problems.append(f"{name}: has no row in the table of the {self.family} family")
-            elif tuple(shape) != (want := self.tensor_shape(self.by_name[name][0])):
+            elif tuple(shape) != (want := self.tensor_shape(*self.by_name[name])):
                 problems.append(f"{name}: shape {list(shape)}, the table says {list(want)}")
         if problems:
             raise ShearingError("tensors do not match the table:\n  " + "\n  ".join(problems))
@@ -223,31 +238,51 @@ class Table:
                 total = total.to(per_layer.device) + per_layer.sum()
         return total
 
+    def multiple(self, kind: str, elements: int) -> int:
+        """The number of units of a kind whose multiples are multiples of so many elements on every axis of the kind."""
+        per_unit = [axis.per_unit for axis in self.axes.values() if axis.kind == kind]
+        return math.lcm(*(elements // math.gcd(elements, per) for per in per_unit))
+
+    def _axis_units(self, axis: Axis, layer: int | None, selection: Selection) -> Units | None:
+        """The units that stay on an axis in a layer; None: all."""
+        if axis.kind is None or axis.kind not in selection.units:
+            return None
+        per_row = selection.units[axis.kind]
+        return per_row[0] if self.kinds[axis.kind].rows is None else per_row[layer]  # type: ignore[index]
+
+    def length(self, axis_name: str, layer: int | None, selection: Selection) -> int:
+        """Number of elements of an axis that stay in a layer."""
+        axis = self.at_layer(layer).axes[axis_name]
+        units = self._axis_units(axis, layer, selection)
+        return axis.length if units is None else len(units.index) * axis.per_unit
+
     def part(self, axis_name: str, layer: int | None, selection: Selection) -> Part:
         """What of an axis stays in a layer."""
-        axis = self.axes[axis_name]
-        if axis.kind is None or axis.kind not in selection.units:
+        axis = self.at_layer(layer).axes[axis_name]
+        units = self._axis_units(axis, layer, selection)
+        if units is None:
             return WHOLE
-        per_row = selection.units[axis.kind]
-        units = per_row[0] if self.kinds[axis.kind].rows is None else per_row[layer]  # type: ignore[index]
         if axis.per_unit == 1:
-            return Part(units.index, units.gate)
+            return Part(units.index, units.gate, units.padding)
         offsets = torch.arange(axis.per_unit, device=units.index.device)
         index = (units.index[:, None] * axis.per_unit + offsets).flatten()
-        return Part(index, None if units.gate is None else units.gate.repeat_interleave(axis.per_unit))
+        gate = None if units.gate is None else units.gate.repeat_interleave(axis.per_unit)
+        return Part(index, gate, units.padding * axis.per_unit)
 
     def resolve(self, selection: Selection) -> dict[str, Cut]:
-        """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in."""
+        """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in; none in closed layers."""
         memo: dict[tuple[str, int | None], Part] = {}
         scales = {block: gate.unbind() for block, gate in selection.blocks.items()}
         cuts = {}
         for name, spec, layer in self.instances():
+            if layer is not None and not selection.layer_is_open(layer):
+                continue
             parts = []
             for axis in spec.axes:
                 kind = self.kinds.get(self.axes[axis].kind or "")
                 key = (axis, layer if kind is not None and kind.rows is not None else None)
                 part = memo[key] if key in memo else memo.setdefault(key, self.part(axis, layer, selection))
-                parts.append(part if axis in spec.gates else Part(part.index))
+                parts.append(part if axis in spec.gates else Part(part.index, padding=part.padding))
             scaled = spec.scaled and spec.block in scales
             cuts[name] = Cut(tuple(parts), scales[spec.block][layer] if scaled else None)  # type: ignore[index]
         return cuts
@@ -351,8 +386,11 @@ def check_selection(table: Table, selection: Selection) -> None:
         elif len(rows) != (want := 1 if table.kinds[kind].rows is None else table.layers):
             problems.append(f"{kind}: units of {len(rows)} layers, the model needs {want}")
         else:
+            per_layer = table.kinds[kind].rows is not None
             problems += [
-                f"{kind}, row {row}: {say}" for row, u in enumerate(rows) for say in _problems(table.kinds[kind], u)
+                f"{kind}, row {row}: {say}"
+                for row, units in enumerate(rows)
+                for say in _problems(table.at_layer(row if per_layer else None).kinds[kind], units)
             ]
     for block, gate in selection.blocks.items():
         if block not in BLOCKS or gate.shape != (table.layers,):
@@ -367,6 +405,8 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"its units must ascend, each once, within 0 to {size - 1}"
     elif units.gate is not None and units.gate.shape != units.index.shape:
         yield f"{len(units.gate)} gates for {len(index)} units"
+    elif kind.rows is None and units.padding:
+        yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
     elif len({sum(i // kind.size == row for i in index) for row in range(kind.rows or 1)}) > 1:
         yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 
@@ -391,17 +431,20 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
     Raises:
         ShearingError: kept layers differ in the size of an axis (the layers and sizes are named).
     """
-    kept = selection.kept_layers(table.layers)
-    shape: dict[str, int] = {}
+    sizes = folded_sizes(table, selection)
     problems = []
-    for key, (axis, per) in table.config_axes.items():
-        whole = table.axes[axis].length
-        parts = [table.part(axis, layer, selection) for layer in kept or [0]]
-        sizes = [(whole if part.index is None else len(part.index)) // per for part in parts]
-        if len(set(sizes)) > 1:
-            listed = ", ".join(f"layer {layer}: {size}" for layer, size in zip(kept, sizes, strict=True))
+    for key in table.config_axes:
+        if len({size[key] for size in sizes.values()}) > 1:
+            listed = ", ".join(f"layer {layer}: {size[key]}" for layer, size in sizes.items())
             problems.append(f"{key} differs between layers ({listed})")
-        shape[key] = sizes[0]
     if problems:
         raise ShearingError("a uniform model needs one size for all layers: " + "; ".join(problems))
-    return {**shape, table.layers_key: len(kept)}
+    return {**next(iter(sizes.values())), table.layers_key: len(selection.kept_layers(table.layers))}
+
+
+def folded_sizes(table: Table, selection: Selection) -> dict[int, dict[str, int]]:
+    """Kept layer -> its shape after folding, in the config's keys (of layer 0 where none is kept)."""
+    return {
+        layer: {key: table.length(axis, layer, selection) // per for key, (axis, per) in table.config_axes.items()}
+        for layer in selection.kept_layers(table.layers) or [0]
+    }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmshearing.axes import Cut, Selection, Table, gate_and_gather
 from llmshearing.errors import ShearingError
+from llmshearing.norm import rms_norm
 
 
 class Gating:
@@ -55,6 +56,10 @@ class Gating:
         """Rows that were looked up in the 2-D tensor of this name, as the folded model has them: [..., d]."""
         return values if self.selection is None else gate_and_gather(values, Cut(self._cuts[name].parts[1:]))
 
+    def padding(self, name: str) -> int:
+        """How many elements of the last dimension of the tensor of this name are 0, there to round their number up."""
+        return 0 if self.selection is None else self._cuts[name].parts[-1].padding
+
     def layer_is_open(self, layer: int) -> bool:
         return self.selection is None or self.selection.layer_is_open(layer)
 
@@ -62,12 +67,8 @@ class Gating:
         """Query heads that share a KV head in a layer; None: as in the source."""
         if self.selection is None:
             return None
-        query, kv = (self.table.part(axis, layer, self.selection) for axis in self.table.attention_axes)
-        lengths = [
-            self.table.axes[axis].length if part.index is None else len(part.index)
-            for axis, part in zip(self.table.attention_axes, (query, kv), strict=True)
-        ]
-        return lengths[0] // lengths[1] if lengths[1] else None
+        query, kv = (self.table.length(axis, layer, self.selection) for axis in self.table.attention_axes)
+        return query // kv if kv else None
 
 
 class _Gated:
@@ -97,12 +98,11 @@ class GatedRMSNorm(_Gated):
     """RMSNorm over the open units, in float32 or wider (transformers' own always drops to float32)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)  # type: ignore[attr-defined]
-        normed = self.gated("weight") * (wide * scale).to(hidden_states.dtype)
         # Several projections read this: under autocast, cast once here instead of once in each.
-        device = hidden_states.device.type
-        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+        device, dtype = hidden_states.device.type, hidden_states.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        size = hidden_states.shape[-1] - self.gating.padding(self.tensor_names["weight"])
+        return rms_norm(hidden_states, self.gated("weight"), self.variance_epsilon, dtype, size)  # type: ignore[arg-type,attr-defined]
 
 
 class GatedAttention(_Gated):

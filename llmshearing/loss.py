@@ -1,9 +1,11 @@
-"""Next-token cross-entropy that holds no float32 copy of the logits.
+"""Next-token cross-entropy that holds nothing of the logits' size but the logits.
 
     loss_t = logsumexp_v(logits_tv) - logits_t,label        d loss_t / d logits_tv = softmax_tv - [v = label]
 
-Both passes go over the logits [N, V] in chunks of rows: only one chunk at a time is widened to float32, so the largest
-tensors are the logits and their gradient in their own dtype. Shapes: B sequences, T tokens, N = B T, V vocabulary.
+Both passes go over the logits [N, V] in chunks of rows: only one chunk at a time is widened to float32. The backward
+pass writes the gradient over the logits, which nobody needs any more.
+
+Shape legend: B sequences, T tokens, N = B T, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,16 +40,19 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         logits, labels, normaliser = ctx.saved_tensors
-        result = torch.empty_like(logits)
+        # In place; the version counter of autograd refuses whoever still wants to use the logits after this.
         for rows in _chunks(logits):
             part = (logits[rows].to(normaliser.dtype) - normaliser[rows, None]).exp_()
             part.scatter_add_(1, labels[rows, None], part.new_full((len(part), 1), -1.0))
-            result[rows] = part.mul_(gradient[rows, None])
-        return result, None
+            logits[rows] = part.mul_(gradient[rows, None])
+        return logits, None
 
 
 def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Next-token cross-entropy, [B, T-1], in float32 or wider. logits: [B, T, V]; input_ids: [B, T]."""
+    """Next-token cross-entropy, [B, T-1], in float32 or wider. logits: [B, T, V]; input_ids: [B, T].
+
+    The backward pass overwrites ``logits`` with their gradient: it can run once.
+    """
     batch, length = input_ids.shape
     # The last position has no next token: it is computed with any label and dropped, which copies no logits.
     labels = input_ids.roll(-1, dims=1)

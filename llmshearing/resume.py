@@ -23,11 +23,12 @@ from composer.utils import dist
 
 from llmshearing import durable
 from llmshearing.callbacks.saver import CHECKSUMS, WRITING, sha256
-from llmshearing.checkpoint import plain_types, read_checkpoint
+from llmshearing.checkpoint import read_checkpoint
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.source import Source
+from llmshearing.storage.torch_file import plain_types
 
 log = logging.getLogger(__name__)
 

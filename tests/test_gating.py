@@ -122,7 +122,7 @@ def check_agreement(case):
     expected_gradients = gradients(case.loss(expected), model, gates)
 
     gates = case.fresh_gates()
-    folded = run_folded(case, model, table, selection_from_gates(table, gates, case.round_to))
+    folded = run_folded(case, model, table, selection_from_gates(table, gates))
     check_same(case, "folded", folded, gradients(case.loss(folded), model, gates), expected, expected_gradients)
 
     gating, gates = attach(model, table), case.fresh_gates()
@@ -274,12 +274,22 @@ def test_unequal_query_heads_in_groups_of_one_layer():
     check_agreement(Case(config, {"head": head}, "query"))
 
 
-@pytest.mark.parametrize("round_to", [2, 3, 4, 64])
+@pytest.mark.parametrize("round_to", [2, 3, 4, 8, 64])
 @pytest.mark.parametrize("head_mode", ["group", "query"])
-def test_rounding_up_changes_no_function(round_to, head_mode):
-    config = tiny_config(num_key_value_heads=2)
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounding_up_changes_no_function(round_to, head_mode, tied):
+    config = tiny_config(num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     gates = random_gates(config, KINDS[:3], head_mode, 9)
     check_agreement(Case(config, gates, head_mode, round_to=round_to))
+
+
+def test_a_selection_whose_hidden_units_were_rounded_is_not_folded():
+    """The folded norms would divide by the padding too."""
+    model, gates = random_model(tiny_config()), random_gates(tiny_config(), KINDS[:3], "group", 9)
+    table = table_for(model.config)
+    assert int((gates["hidden"] != 0).sum()) % 5
+    with pytest.raises(ShearingError, match=r"hidden, row 0: \d of its \d+ units are padding"):
+        fold(model.state_dict(), table, selection_from_gates(table, gates, 5))
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -71,6 +71,8 @@ class L0Masks(nn.Module):
         return self.table.kinds[kind].shape(self.table.layers)
 
     def _check(self) -> None:
+        if self.table.of_layer:
+            raise ShearingError("learned masks need layers of one size: pad the model first (llmshearing.prune.pad)")
         if (self.target is None) == (self.target_sparsity is None):
             raise ShearingError("masks need either a target shape or target_sparsity, and not both")
         if self.target_sparsity is not None and not 0 <= self.target_sparsity < 1:
@@ -187,35 +189,61 @@ def block_product(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: int = 1) -> Selection:
     """The selection that full-size gates describe; a gate of exactly 0 closes its unit.
 
-    Where rows of one layer must stay equally long (query heads inside KV groups), and where ``round_to`` asks for a
-    multiple, closed units are added with gate 0: the function is the same and the shapes are legal. Not for hidden
-    units: a norm divides by their number, so that one more would change the function.
+    Where rows of one layer must stay equally long (query heads inside KV groups), and where ``round_to`` asks for
+    multiples of so many elements on each axis, closed units are added with gate 0: the function is the same and the
+    shapes are legal, or quicker to multiply. Norms must not count the padding of hidden units: a gated model does not,
+    and fold refuses it.
 
     Args:
         gates: mask kind -> its shape in :meth:`Kind.shape`; layer, head_layer, mlp: [L].
     """
     kinds = [kind for kind in gates if kind not in BLOCK_KINDS]
     blocks = block_product(gates)
-    # One transfer from the device for everything that decides shapes.
-    flat = torch.cat([gates[kind].detach().flatten() for kind in kinds]) if kinds else torch.empty(0)
-    sizes = [gates[kind].numel() for kind in kinds]
-    is_open = dict(zip(kinds, flat.ne(0).cpu().split(sizes), strict=True))
-    units: dict[str, tuple[Units, ...]] = {}
+    # One transfer from the device for everything that decides shapes, and one back for the indices.
+    is_open = _open_on_cpu({**{kind: gates[kind] for kind in kinds}, **blocks})
+    kept, padding = {}, {}
     for kind in kinds:
         rows = table.kinds[kind].rows
-        gate = gates[kind].reshape(table.layers if rows else 1, -1)
-        open_rows = is_open[kind].view(len(gate), rows or 1, -1)
-        multiple = round_to if rows else 1
-        units[kind] = tuple(_row_units(gate[layer], open_rows[layer], multiple) for layer in range(len(gate)))
-    return Selection(units, blocks)
+        open_rows = is_open[kind].view(table.layers if rows else 1, rows or 1, -1)
+        kept[kind] = _filled(open_rows, table.multiple(kind, round_to)).flatten(1)
+        padding[kind] = (kept[kind].sum(-1) - open_rows.sum((1, 2))).tolist()
+    places = _places(kept, gates)
+    units = {kind: _units(gates[kind], kept[kind], places[kind], padding[kind]) for kind in kinds}
+    return Selection(units, blocks, {block: is_open[block].tolist() for block in blocks})
 
 
-def _row_units(gate: Tensor, is_open: Tensor, round_to: int) -> Units:
-    """Units of one layer. gate: [rows * N]; is_open: [rows, N] on the CPU."""
-    rows, size = is_open.shape
-    width = int(is_open.sum(-1).max())
-    width = min(size, -(-width // round_to) * round_to)
-    # Open units first (stable, so ascending), then closed ones to fill every row to the same width.
-    order = torch.argsort(is_open.logical_not().to(torch.uint8), dim=-1, stable=True)[:, :width].sort(-1).values
-    index = (order + torch.arange(rows)[:, None] * size).flatten().to(gate.device)
-    return Units(index, gate.index_select(0, index))
+def _open_on_cpu(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """name -> which gates are not 0, flat."""
+    if not gates:
+        return {}
+    flat = torch.cat([gate.detach().flatten() for gate in gates.values()]).ne(0).cpu()
+    return dict(zip(gates, flat.split([gate.numel() for gate in gates.values()]), strict=True))
+
+
+def _filled(is_open: Tensor, multiple: int) -> Tensor:
+    """Open units, and the first closed ones of each row that is shorter than its layer's fullest, rounded up.
+
+    is_open, result: bool [layers, rows, N].
+    """
+    number = is_open.sum(-1, keepdim=True)
+    width = (number.amax(1, keepdim=True) + multiple - 1) // multiple * multiple
+    closed = is_open.logical_not()
+    return is_open | (closed & (closed.cumsum(-1) <= width - number))
+
+
+def _places(kept: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """kind -> [2, n]: the place of each kept unit in its layer and in the kind's flat vector, on the gates' device."""
+    if not kept:
+        return {}
+    inside = torch.cat([mask.nonzero()[:, 1] for mask in kept.values()])
+    flat = torch.cat([mask.flatten().nonzero()[:, 0] for mask in kept.values()])
+    places = torch.stack([inside, flat]).to(next(iter(gates.values())).device)
+    return dict(zip(kept, places.split([int(mask.sum()) for mask in kept.values()], dim=1), strict=True))
+
+
+def _units(gate: Tensor, kept: Tensor, places: Tensor, padding: list[int]) -> tuple[Units, ...]:
+    """Units of a kind, layer by layer. gate: full size; kept: bool [layers, rows * N] on the CPU; places: [2, n]."""
+    counts = kept.sum(-1).tolist()
+    inside, flat = places
+    values = gate.flatten().index_select(0, flat)
+    return tuple(map(Units, inside.split(counts), values.split(counts), padding))

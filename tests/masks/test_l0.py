@@ -142,6 +142,16 @@ def test_rounding_up_adds_closed_units(round_to, sizes):
         assert units.gate.sum() == gate[layer].sum()
 
 
+@pytest.mark.parametrize(("round_to", "heads"), [(1, 1), (4, 1), (6, 3), (8, 2), (12, 3), (16, 4)])
+def test_rounding_counts_elements_and_not_units(round_to, heads):
+    """One open head of 4 elements: 8 elements are two heads, 6 divide 12."""
+    gate = torch.zeros(3, 4)
+    gate[:, 2] = 0.5
+    selection = selection_from_gates(table_for(tiny_config()), {"head": gate}, round_to)
+    assert [len(units.index) for units in selection.units["head"]] == [heads] * 3
+    assert [units.padding for units in selection.units["head"]] == [heads - 1] * 3
+
+
 def test_project_puts_log_alpha_back():
     masks = build()
     masks.log_alpha["hidden"].data[:3] = torch.tensor([-50.0, 50.0, 0.0])
