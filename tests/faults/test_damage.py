@@ -1,6 +1,5 @@
 """Checkpoints that are damaged, cut short, empty or foreign, and full disks: what is said, and what is used."""
 
-import json
 import logging
 import os
 import pickle
@@ -11,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_faults import differences
+from helpers_faults import differences, load_plain
 from helpers_runs import configured, make_model
+from helpers_sharded import save_sharded
 
-from llmshearing.callbacks.saver import CHECKSUMS, WRITING, sha256
+from llmshearing.callbacks.saver import WRITING
 from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
 from llmshearing.errors import ShearingError
-from llmshearing.resume import check_same_run, checkpoints, load_plain, name_pattern, prepare, verify
+from llmshearing.resume import check_same_run, checkpoints, name_pattern, prepare, verify
 from llmshearing.source import build_masks, read_source
+from llmshearing.storage import open_archive
 from llmshearing.train import train
 
 LATEST = "latest-rank0.pt"
@@ -146,7 +147,7 @@ def test_missing_and_foreign_keys(lab, finished, tmp_path):
     source = read_source(cfg)
     masks = build_masks(source, cfg)
     state = load_plain(finished / LATEST)
-    check_same_run(finished / LATEST, source, masks)
+    check_same_run(verify(finished / LATEST), source, masks)
     for change in ("missing", "foreign", "optimizer"):
         model, optimizers = dict(state["state"]["model"]), state["state"]["optimizers"]
         name = "model.model.norm.weight"
@@ -159,7 +160,7 @@ def test_missing_and_foreign_keys(lab, finished, tmp_path):
             optimizers = {"AdamW": {**adam, "state": {k: v for k, v in adam["state"].items() if k != name}}}
         torch.save({"state": {**state["state"], "model": model, "optimizers": optimizers}}, tmp_path / "x.pt")
         with pytest.raises(ShearingError, match="model.extra" if change == "foreign" else name):
-            check_same_run(tmp_path / "x.pt", source, masks)
+            check_same_run(open_archive(tmp_path / "x.pt"), source, masks)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -181,23 +182,32 @@ def test_names_are_sorted_by_batch(tmp_path):
     assert name_pattern("a.b{batch}").fullmatch("a.b7") and not name_pattern("a.b{batch}").fullmatch("aXb7")
 
 
-def test_a_sharded_folder_is_verified_by_its_sums(tmp_path):
-    """Made by hand here; written and read by two ranks in the tests of layouts."""
-    folder = tmp_path / "ep0-ba3"
-    folder.mkdir()
-    (folder / "__0_0.distcp").write_bytes(b"1234")
-    (folder / ".metadata").write_bytes(b"index")
-    sums = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in ("__0_0.distcp", ".metadata")}
-    with pytest.raises(ShearingError, match=CHECKSUMS):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "index"])
+def test_a_damaged_sharded_folder_is_noticed(lab, finished, tmp_path, damage):
+    folder = save_sharded(tmp_path / "ep0-ba8", load_plain(finished / LATEST))
+    cfg = configured(lab, tmp_path)
+    source = read_source(cfg)
+    check_same_run(verify(folder), source, build_masks(source, cfg))
+    part = next(folder.glob("*.distcp"))
+    if damage == "cut":
+        cut(part)
+    elif damage == "flipped":
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+    elif damage == "missing":
+        part.unlink()
+    else:
+        cut(folder / ".metadata")
+    with pytest.raises(ShearingError, match="damaged|missing"):
         verify(folder)
-    (folder / CHECKSUMS).write_text(json.dumps(sums))
-    verify(folder)
-    (folder / "__0_0.distcp").write_bytes(b"1235")
-    with pytest.raises(ShearingError, match="checksum of __0_0.distcp is wrong"):
-        verify(folder)
-    (folder / "__0_0.distcp").unlink()
-    with pytest.raises(ShearingError, match="__0_0.distcp"):
-        verify(folder)
+
+
+def test_a_folder_is_no_file(lab, finished, tmp_path):
+    """Composer would fail on it with an error of its own."""
+    save_sharded(tmp_path / "run" / "ep0-ba8", load_plain(finished / LATEST))
+    with pytest.raises(ShearingError, match="is a sharded folder: go on with fsdp_config.state_dict_type = sharded"):
+        train(configured(lab, tmp_path, autoresume=True))
 
 
 # Full disk -------------------------------------------------------------------------------------------------------
