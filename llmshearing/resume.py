@@ -6,7 +6,6 @@ file first, as plain data, and compares its keys with the run's.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -22,12 +21,13 @@ import torch
 from composer.utils import dist
 
 from llmshearing import durable
-from llmshearing.callbacks.saver import CHECKSUMS, WRITING, sha256
+from llmshearing.callbacks.saver import WRITING
 from llmshearing.checkpoint import read_checkpoint
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.source import Source
+from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
 
 log = logging.getLogger(__name__)
@@ -61,17 +61,11 @@ def plain_data_only(trust: bool = False) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         raise ShearingError(
-            f"the checkpoint holds more than plain data, and loading that may run any code: {_first_line(error)}. "
+            f"the checkpoint holds more than plain data, and loading that may run any code: {str(error)[:200]}. "
             "Only if you made it yourself: trust_checkpoint=true"
         ) from error
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
-
-
-def load_plain(path: Path) -> Any:
-    """The content of a checkpoint file, tensors mapped from it."""
-    with plain_data_only():
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
 
 
 def check_load_path(cfg: Config, path: Path) -> None:
@@ -89,7 +83,6 @@ def check_load_path(cfg: Config, path: Path) -> None:
             "it may run any code. Only if you made it yourself: trust_checkpoint=true"
         )
     read_checkpoint(path)
-    load_plain(path)
 
 
 # The newest whole checkpoint -------------------------------------------------------------------------------------
@@ -122,18 +115,19 @@ def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
     candidates = checkpoints(folder, cfg.save_filename)
     for path in candidates:
         try:
-            verify(path)
+            archive = verify(path)
         except ShearingError as error:
             aside = _set_aside(path)
             log.error("%s; it is kept as %s, and the one before it is used", error, aside.name)
             continue
-        check_same_run(path, source, masks)
+        _check_kind(cfg, path)
+        check_same_run(archive, source, masks)
         durable.point(folder / cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0), path)
         return path
-    if candidates:
+    if damaged := sorted(path.name for path in folder.glob(f"*{DAMAGED}*")):
         raise ShearingError(
-            f"autoresume: none of the {len(candidates)} checkpoints in {folder} is whole (see above; they are kept "
-            f"as *{DAMAGED}). Give load_path=<another checkpoint>, or another save_folder to begin anew"
+            f"autoresume: no checkpoint in {folder} is whole; kept there: {', '.join(damaged)}. Repair or remove them, "
+            "or begin anew in another save_folder"
         )
     return None
 
@@ -159,55 +153,50 @@ def name_pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def verify(path: Path) -> None:
+def verify(path: Path) -> Archive:
     """Read a checkpoint whole, and see that it is the state of a training run.
 
     Raises:
         ShearingError: damaged, cut short, empty, or something else.
     """
-    if path.is_dir():
-        _verify_folder(path)
-        return
     read_checkpoint(path)
-    state = load_plain(path)["state"]
-    if missing := [key for key in TRAINING if key not in state]:
+    archive = open_archive(path)
+    if missing := [key for key in TRAINING if archive.subtree("state", key) is None]:
         raise ShearingError(f"checkpoint {path} is not the state of a training run: it has no {', '.join(missing)}")
+    return archive
 
 
-def _verify_folder(path: Path) -> None:
-    try:
-        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-        wrong = [name for name, (size, _) in sums.items() if (path / name).stat().st_size != size]
-        wrong += [name for name, (_, digest) in sums.items() if not wrong and sha256(path / name) != digest]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ShearingError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
-    if wrong or ".metadata" not in sums:
-        raise ShearingError(f"checkpoint {path} is damaged: checksum of {', '.join(wrong) or '.metadata'} is wrong")
-
-
-def check_same_run(path: Path, source: Source, masks: L0Masks | None) -> None:
-    """Every key of model and optimizer, strictly; a sharded folder is compared as it is loaded.
+def check_same_run(archive: Archive, source: Source, masks: L0Masks | None) -> None:
+    """Every key of model and optimizer, strictly.
 
     Raises:
         ShearingError: the checkpoint is another run's.
     """
-    if path.is_dir():
-        return
-    state = load_plain(path)["state"]
-    tensors = {name.removeprefix("module."): tuple(value.shape) for name, value in state["model"].items()}
+    model, optimizers = archive.subtree("state", "model"), archive.subtree("state", "optimizers")
+    tensors = {name.removeprefix("module."): tuple(value.shape) for name, value in model.items()}
     wanted = {f"model.{name}": source.table.tensor_shape(spec) for name, spec, _ in source.table.instances()}
     tied = {f"model.{name}" for name, spec, _ in source.table.instances() if spec.alias is not None}
     if masks is not None:
         wanted |= {f"masks.{name}": tuple(value.shape) for name, value in masks.state_dict().items()}
     differ = [name for name in sorted({*wanted, *tensors} - tied) if wanted.get(name) != tensors.get(name)]
-    trained = {name for optimizer in state["optimizers"].values() for name in optimizer["state"]}
+    trained = {name for optimizer in optimizers.values() for name in optimizer["state"]}
     differ += sorted(trained.symmetric_difference(set(wanted) - tied)) if not differ and trained else []
     if differ:
         first = differ[0]
         raise ShearingError(
-            f"autoresume: {path} is of another run: {len(differ)} tensors differ, such as {first} of shape "
-            f"{tensors.get(first, 'none')}, here {wanted.get(first, 'none')}. Give this run a save_folder of its "
-            "own, or the configuration that the checkpoint was made with"
+            f"autoresume: {archive.path} is of another run: {len(differ)} tensors differ, such as {first} of shape "
+            f"{tensors.get(first, 'none')}, here {wanted.get(first, 'none')}. Give this run a save_folder of its own, "
+            "or the configuration that the checkpoint was made with"
+        )
+
+
+def _check_kind(cfg: Config, path: Path) -> None:
+    """Composer loads a folder only where it saves folders, and a file only where it saves files."""
+    saves_folders = cfg.fsdp_config is not None and cfg.fsdp_config.state_dict_type == "sharded"
+    if path.is_dir() != saves_folders:
+        here, needed = ("a sharded folder", "sharded") if path.is_dir() else ("one file", "full")
+        raise ShearingError(
+            f"autoresume: {path} is {here}: go on with fsdp_config.state_dict_type = {needed}, or in another save_folder"
         )
 
 
@@ -218,7 +207,3 @@ def _set_aside(path: Path) -> Path:
         number, aside = number + 1, path.with_name(f"{path.name}{DAMAGED}.{number}")
     path.rename(aside)
     return aside
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from helpers_runs import NAMES, SEQ, TARGET, free_port, settings, write_yaml
+from helpers_runs import SEQ, TARGET, free_port, settings, write_yaml
 
 EVENTS = {
     "step": ["batch_start", "after_forward", "after_backward", "after_train_batch", "batch_end"],
@@ -103,8 +103,6 @@ class Job:
 
     def result(self) -> dict:
         """What a run ends in, to compare: tensors, optimizer, records."""
-        from llmshearing.resume import load_plain
-
         state = load_plain(self.saved / "latest-rank0.pt")["state"]
         return {
             "model": dict(state["model"]),
@@ -217,6 +215,14 @@ def write_jobs(lab, root: Path) -> dict[str, Path]:
     return {"pruning": root / "prune.yaml", "continued": root / "continue.yaml"}
 
 
+def load_plain(path: Path) -> dict:
+    """Everything in a checkpoint file."""
+    from llmshearing.resume import plain_data_only
+
+    with plain_data_only():
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
 def equal(one, other) -> bool:
     """Bitwise, through all levels."""
     if isinstance(one, torch.Tensor):
@@ -231,6 +237,3 @@ def equal(one, other) -> bool:
 def differences(one: dict, other: dict) -> list[str]:
     """Parts of two results that are not the same bit for bit."""
     return [key for key in one if not equal(one[key], other[key])]
-
-
-__all__ = ["NAMES", "Job", "Kill", "Outcome", "asdict", "differences", "draw_kill", "small_lab", "write_jobs"]

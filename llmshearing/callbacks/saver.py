@@ -2,14 +2,12 @@
 
     <folder>/.writing/<name>  --flush-->  rename to <folder>/<name>  -->  `latest` moves  -->  the oldest is removed
 
-`<name>` is a file, or a folder where FSDP saves sharded. A file's checksum is inside it: each record of the zip that
-torch.save writes has one. A sharded folder gets a `checksums.json`.
+`<name>` is a file, or a folder where FSDP saves sharded. The checksums are inside: each record of the zips that
+torch.save writes has one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -30,16 +28,6 @@ from llmshearing.errors import ShearingError
 log = logging.getLogger(__name__)
 
 WRITING = ".writing"
-CHECKSUMS = "checksums.json"
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Saver(CheckpointSaver):
@@ -177,28 +165,15 @@ def _write(state: State, path: Path) -> str | None:
 
 
 def _write_sharded(state: State, folder: Path) -> str | None:
-    """Write this rank's part of a folder, through Composer; what failed on any rank, or None."""
-    problem, sums = None, {}
+    """Write this rank's part of a folder, through Composer; what failed here, or None."""
     if dist.get_global_rank() == 0:
         _remove(folder)
     dist.barrier()
     try:
-        if checkpoint.save_checkpoint(state, str(folder)):
-            mine = sorted(folder.glob(f"__{dist.get_global_rank()}_*.distcp"))
-            mine += [folder / ".metadata"] if dist.get_global_rank() == 0 else []
-            sums = {path.name: [path.stat().st_size, sha256(path)] for path in mine}
+        checkpoint.save_checkpoint(state, str(folder))
     except (OSError, RuntimeError, CheckpointException) as error:
-        problem = _reason(error, folder)
-    parts = dist.all_gather_object((problem, sums))
-    problem = next((found for found, _ in parts if found is not None), None)
-    if problem is None and dist.get_global_rank() == 0:
-        merged = {name: value for _, part in parts for name, value in part.items()}
-        try:
-            with durable.whole(folder / CHECKSUMS) as path:
-                path.write_text(json.dumps(merged, indent=1), encoding="utf-8")
-        except OSError as error:
-            problem = _reason(error, folder)
-    return problem
+        return _reason(error, folder)
+    return None
 
 
 def _reason(error: BaseException, path: Path | None = None) -> str:

@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 from composer import Callback
-from helpers_faults import Job, differences
+from helpers_faults import Job, differences, load_plain
 from helpers_runs import NAMES, configured, make_model, settings, trainer_of, write_yaml
 
 from llmshearing.checkpoint import read_checkpoint
 from llmshearing.convert import prune_and_save_model
 from llmshearing.data.loader import build_train_dataloader
 from llmshearing.errors import ShearingError
-from llmshearing.resume import load_plain
 from llmshearing.train import main, train
 
 POISONED = 5  # batch, counted from 1
