@@ -47,9 +47,9 @@ def _merged(model: Path | str, files: list[Path], read: Callable[[Path], dict[st
 
 def _files(model: Path | str, name: str) -> Iterator[Path]:
     """The files of one form: those that its index lists, or the single one."""
-    index = _find(model, name + _INDEX)
+    index = find_file(model, name + _INDEX)
     if index is None:
-        single = _find(model, name)
+        single = find_file(model, name)
         return iter([single] if single is not None else [])
     return _listed(model, index)
 
@@ -63,13 +63,13 @@ def _listed(model: Path | str, index: Path) -> Iterator[Path]:
     if outside:
         raise ShearingError(f"{index} names the file {outside[0]!r}, which is not beside it")
     for shard in shards:
-        file = _find(model, shard)
+        file = find_file(model, shard)
         if file is None:
             raise ShearingError(f"Hugging Face model {model}: {shard}, which its index lists, is missing")
         yield file
 
 
-def _find(model: Path | str, name: str) -> Path | None:
+def find_file(model: Path | str, name: str) -> Path | None:
     """A file of the model, from the hub if need be; None where it has no such file."""
     try:
         found = cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)
