@@ -72,6 +72,7 @@ _INFO_TYPES: dict[str, Any] = {
     "tokenizer": (str, _OR_NONE),
     "history": list,
     "generation_config": (dict, _OR_NONE),
+    "evaluation": (dict, _OR_NONE),
 }
 
 

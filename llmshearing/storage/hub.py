@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from llmshearing.errors import ShearingError
+from llmshearing.storage.files import is_plain_name
 from llmshearing.storage.lazy import LazyTensor, LazyTensors
 from llmshearing.storage.torch_file import TorchFile
 from llmshearing.storage.write import DTYPES
@@ -57,7 +58,7 @@ def _files(model: Path | str, name: str) -> Iterator[Path]:
 def _listed(model: Path | str, index: Path) -> Iterator[Path]:
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
+        outside = [shard for shard in shards if not is_plain_name(shard)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShearingError(f"{index} is no index of weights: {error!r}") from error
     if outside:

@@ -22,7 +22,7 @@ def split(folder: Path, weight_map: dict[str, str] | None = None) -> None:
     names = weight_map or {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     names = {"c": names["b"], **names}
     for file in set(names.values()):
-        if Path(file).name == file:
+        if file.startswith("model-"):
             save_file({name: WEIGHTS[name] for name in names if names[name] == file}, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
