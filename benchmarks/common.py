@@ -58,3 +58,12 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     return path
+
+
+def save_part(name: str, part: str, result: dict[str, Any]) -> Path:
+    """Write one part of ``results/<name>.json``, with its own machine; the parts of other runs stay."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    parts = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**parts, part: {"machine": machine(), **result}}, indent=1) + "\n")
+    return path

@@ -61,11 +61,17 @@ def load_selection(path: Path | str) -> tuple[Selection, dict[str, Any]]:
         raise ShearingError(f"selection {path} cannot be read: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ShearingError(f"{path} is no selection: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    units = {
-        kind: tuple(
-            Units(tensors[f"units.{kind}.{row}.index"], tensors.get(f"units.{kind}.{row}.gate")) for row in range(rows)
-        )
-        for kind, rows in json.loads(metadata["kinds"]).items()
-    }
+    try:
+        units = {
+            kind: tuple(_units(tensors, f"units.{kind}.{row}") for row in range(rows))
+            for kind, rows in json.loads(metadata["kinds"]).items()
+        }
+        about = json.loads(metadata["about"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ShearingError(f"selection {path} is incomplete: {error!r}") from error
     blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
-    return Selection(units, blocks), json.loads(metadata["about"])
+    return Selection(units, blocks), about
+
+
+def _units(tensors: Mapping[str, Tensor], name: str) -> Units:
+    return Units(tensors[f"{name}.index"], tensors.get(f"{name}.gate"))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from llmshearing.convert.hf import DTYPES, SETTABLE, check_given, looks_local, m
 from llmshearing.convert.output import TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.storage import LazyTensor, lazily, write_safetensors
+from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -179,15 +178,17 @@ def copy_tokenizer(tokenizer: Path | str, folder: Path) -> None:
     path = Path(tokenizer)
     if path.exists():
         source = path if path.is_dir() else path.parent
-        files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-        if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
-            raise ShearingError(f"tokenizer {path}: there is no tokenizer.json, tokenizer.model or vocab.json")
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
+        _copy([source / name for name in TOKENIZER_FILES if (source / name).is_file()], path, folder)
         return
     if looks_local(tokenizer):
         raise ShearingError(f"tokenizer {tokenizer} does not exist")
-    try:
-        transformers.AutoTokenizer.from_pretrained(str(tokenizer)).save_pretrained(folder)
-    except Exception as error:  # the hub raises many kinds
-        raise ShearingError(f"tokenizer {tokenizer} cannot be loaded: {error}") from error
+    found = [find_file(tokenizer, name) for name in TOKENIZER_FILES]
+    _copy([file for file in found if file is not None], tokenizer, folder)
+
+
+def _copy(files: list[Path], tokenizer: Path | str, folder: Path) -> None:
+    """Under names of our own list alone: no name that a tokenizer brings along decides where something is written."""
+    if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+        raise ShearingError(f"tokenizer {tokenizer}: there is no tokenizer.json, tokenizer.model or vocab.json")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)

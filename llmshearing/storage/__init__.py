@@ -7,7 +7,7 @@ torch.distributed.checkpoint (`metadata`: what is in one), `hub` the weights of 
 
 from llmshearing.storage.archive import Archive, open_archive
 from llmshearing.storage.files import new_file
-from llmshearing.storage.hub import open_weights
+from llmshearing.storage.hub import find_file, open_weights
 from llmshearing.storage.lazy import LazyTensor, LazyTensors, lazily, load_weights
 from llmshearing.storage.write import write_safetensors, write_torch_file
 
@@ -15,6 +15,7 @@ __all__ = [
     "Archive",
     "LazyTensor",
     "LazyTensors",
+    "find_file",
     "lazily",
     "load_weights",
     "new_file",

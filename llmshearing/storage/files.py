@@ -11,6 +11,11 @@ from llmshearing import durable
 from llmshearing.errors import ShearingError
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether what a checkpoint calls a file is a name, and not a path that could lead elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file under a temporary name, which is synced and takes the name ``path`` when all went well.

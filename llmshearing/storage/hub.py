@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from llmshearing.errors import ShearingError
+from llmshearing.storage.files import is_plain_name
 from llmshearing.storage.lazy import LazyTensor, LazyTensors
 from llmshearing.storage.torch_file import TorchFile
 from llmshearing.storage.write import DTYPES
@@ -47,9 +48,9 @@ def _merged(model: Path | str, files: list[Path], read: Callable[[Path], dict[st
 
 def _files(model: Path | str, name: str) -> Iterator[Path]:
     """The files of one form: those that its index lists, or the single one."""
-    index = _find(model, name + _INDEX)
+    index = find_file(model, name + _INDEX)
     if index is None:
-        single = _find(model, name)
+        single = find_file(model, name)
         return iter([single] if single is not None else [])
     return _listed(model, index)
 
@@ -57,19 +58,19 @@ def _files(model: Path | str, name: str) -> Iterator[Path]:
 def _listed(model: Path | str, index: Path) -> Iterator[Path]:
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [shard for shard in shards if Path(shard).name != shard or "\\" in shard]
+        outside = [shard for shard in shards if not is_plain_name(shard)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShearingError(f"{index} is no index of weights: {error!r}") from error
     if outside:
         raise ShearingError(f"{index} names the file {outside[0]!r}, which is not beside it")
     for shard in shards:
-        file = _find(model, shard)
+        file = find_file(model, shard)
         if file is None:
             raise ShearingError(f"Hugging Face model {model}: {shard}, which its index lists, is missing")
         yield file
 
 
-def _find(model: Path | str, name: str) -> Path | None:
+def find_file(model: Path | str, name: str) -> Path | None:
     """A file of the model, from the hub if need be; None where it has no such file."""
     try:
         found = cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llmshearing.errors import ShearingError
+from llmshearing.storage.files import is_plain_name
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -118,7 +119,7 @@ def _index(key: Any) -> tuple[str, tuple[int, ...] | None]:
 def _blob(value: Any) -> Blob:
     told = _fields(value, "_StorageInfo")
     name, start, length = told["relative_path"], told["offset"], told["length"]
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+    if not is_plain_name(name):
         raise ShearingError(f"its metadata names the file {name!r}, which is not in the folder")
     if told.get("transform_descriptors"):
         raise ShearingError(f"{name} is compressed ({told['transform_descriptors']}); save it without extensions")

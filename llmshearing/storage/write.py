@@ -148,6 +148,6 @@ def _safetensors_header(ordered: Iterable[tuple[str, LazyTensor]]) -> bytes:
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _names(tensor.dtype)[1], "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -1,4 +1,4 @@
-"""Sharded checkpoints made by torch.distributed.checkpoint itself, by one process or by several that hold DTensors."""
+"""Stored values read and compared; sharded checkpoints as torch.distributed.checkpoint itself makes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,33 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from llmshearing.storage import LazyTensor
+
 PLANNER = {"dedup_save_to_lowest_rank": True}  # as Composer makes it
+
+
+def made(value: Any) -> Any:
+    """Values with every lazy tensor read."""
+    if isinstance(value, dict):
+        return {key: made(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [made(item) for item in value]
+    return value.make() if isinstance(value, LazyTensor) else value
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(other, dict):
+        assert list(one) == list(other)
+        for key in other:
+            assert_same(one[key], other[key])
+    elif isinstance(other, (list, tuple)):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_same(first, second)
+    elif isinstance(other, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        assert one == other
 
 
 def save_sharded(folder: Path, state: Any, ranks: int = 1) -> Path:
