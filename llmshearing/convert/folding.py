@@ -106,7 +106,8 @@ def _folded(
         spec, layer = table.by_name[name]
         source = weights.entries[spec.name.format(layer=None if layer is None else kept[layer])]
         make = torch.no_grad()(makers[name])
-        entries[name] = entries[spec.alias] if spec.alias else LazyTensor(table.tensor_shape(spec), source.dtype, make)
+        shape = table.tensor_shape(spec, layer)
+        entries[name] = entries[spec.alias] if spec.alias else LazyTensor(shape, source.dtype, make)
     return LazyTensors(entries)
 
 
