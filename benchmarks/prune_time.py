@@ -78,9 +78,7 @@ def main() -> None:
     for label in options.methods:
         with tempfile.TemporaryDirectory() as name:
             rows[label] = pruned(label, options, Path(name))
-    settings = {
-        key: value for key, value in vars(options).items() if key not in ("source", "calibration", "frequencies")
-    }
+    settings = {key: getattr(options, key) for key in ("ratio", "samples", "report_samples", "max_seq_len")}
     print(f"{'':18}{'seconds':>9}{'peak GB':>9}  parameters, perplexity before -> after")
     for label, row in rows.items():
         memory = f"{row['peak_memory'] / 1e9:9.2f}" if "peak_memory" in row else ""
