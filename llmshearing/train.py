@@ -13,30 +13,34 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer, algorithms, callbacks, loggers, optim
+from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist, get_device
+from composer.utils import dist, format_name_with_dist
 
 from llmshearing.callbacks.checkpoint_info import CheckpointInfo
 from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.callbacks.gradients import Gradients
 from llmshearing.callbacks.losses import LossMonitor
 from llmshearing.callbacks.pruning import PruningCallback
 from llmshearing.callbacks.shearing import Shearing
 from llmshearing.callbacks.stop import StopOnSignal
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.distributed import fsdp2
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
+from llmshearing.optimizer import FusedDecoupledAdamW
 from llmshearing.resume import check_load_path, plain_data_only, prepare
 from llmshearing.safety import build_safety, restore_random
 from llmshearing.signals import StopRequest, stop_request
 from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
-from llmshearing.watch import Watch, watching
+from llmshearing.watch import Watch, meet, watching
 
 log = logging.getLogger("llmshearing.train")
 
@@ -83,7 +87,7 @@ def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config)
 def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     """AdamW over the groups."""
     o = cfg.optimizer
-    kinds = {"decoupled_adamw": optim.DecoupledAdamW, "adamw": torch.optim.AdamW}
+    kinds = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
     return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
 
@@ -95,10 +99,10 @@ def build_scheduler(cfg: Config) -> Any:
 
 
 def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
-    """Gradient clipping and the masks' driver."""
-    chosen: list[Algorithm] = []
-    if (clip := cfg.algorithms.gradient_clipping) is not None:
-        chosen.append(algorithms.GradientClipping(clip.clipping_type, clip.clipping_threshold))
+    """The gradients' averaging and clipping, and the masks' driver."""
+    clip = cfg.algorithms.gradient_clipping
+    clipping = (clip.clipping_type, clip.clipping_threshold) if clip is not None else ()
+    chosen: list[Algorithm] = [Gradients(masks, *clipping)]
     if masks is not None and cfg.model.l0_module is not None:
         constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
         chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
@@ -206,10 +210,8 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     options["run_name"] = cfg.run_name or (Path(cfg.save_folder).name if cfg.autoresume and cfg.save_folder else None)
     options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
     options["precision"] = "fp32" if device == "cpu" else cfg.precision
-    if cfg.fsdp_config is not None and device == "cpu":
-        log.warning("fsdp_config: ignored on a CPU; ranks are replicas (DDP)")
-    elif cfg.fsdp_config is not None:
-        options["parallelism_config"] = {"fsdp": dict(cfg.fsdp_config)}
+    if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
+        options["parallelism_config"] = {"fsdp": sharding}
     return options
 
 
@@ -294,7 +296,7 @@ def train(cfg: Config) -> Trainer:
         check_files(cfg)
         source = read_source(cfg)
         device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
-        dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)
+        meet(device, cfg.dist_timeout)
         log.info("%s", describe(source))
         with watching(cfg.dist_timeout) as watch:
             trainer = build_trainer(cfg, source, device, request, watch)
@@ -304,7 +306,9 @@ def train(cfg: Config) -> Trainer:
             except Stopped:
                 trainer.engine.close()
                 raise
-        trainer.close()
+            if watch is not None:
+                watch.stop()
+            trainer.close()
         return trainer
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as torch_dist
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 from llmshearing.errors import RankLost
 
@@ -72,12 +72,14 @@ class Watch:
 
     def explain(self, error: Exception) -> RankLost | None:
         """Which rank a failed collective waited for; None where all live and are equally far."""
+        if self._ended.is_set():
+            return RankLost(f"a rank was lost after training had ended: {_first_line(error)}")
         for _ in range(2 * GONE):
             if (lost := self._lost(GONE * self.interval)) is not None:
                 return RankLost(lost)
             time.sleep(self.interval)
         behind = self._furthest_behind()
-        return RankLost(f"{behind}: {error}") if behind is not None else None
+        return RankLost(f"{behind}: {_first_line(error)}") if behind is not None else None
 
     def _run(self) -> None:
         while not self._ended.wait(self.interval):
@@ -108,14 +110,17 @@ class Watch:
                 return self.store.get("lost").decode()
             beat = self.store.get(f"beat{watched}")
         except RuntimeError:  # DistStoreError and its kin
-            return f"rank 0 is gone: it does not answer; this rank was at {_place(self.progress)}"
+            return f"rank 0 is gone: it does not answer; rank {self.rank} is at {_place(self.progress)}"
         now = time.monotonic()
         if beat != self._seen[0]:
             self._seen = (beat, now)
         quiet = now - self._seen[1]
         if quiet <= silence:
             return None
-        return f"rank {watched} is gone: nothing heard from it for {quiet:.0f} s; last at {_place(json.loads(beat))}"
+        return (
+            f"rank {watched} is gone: nothing heard from it for {quiet:.0f} s, last at {_place(json.loads(beat))}; "
+            f"rank {self.rank} is at {_place(self.progress)}"
+        )
 
     def _furthest_behind(self) -> str | None:
         try:
@@ -147,6 +152,20 @@ class Progress(Callback):
         self.watch.mark(event.value, state.timestamp.batch.value)
 
 
+def meet(device: str, timeout: float) -> None:
+    """Let all ranks find one another.
+
+    Raises:
+        RankLost: not all came within ``timeout`` seconds.
+    """
+    try:
+        dist.initialize_dist(get_device(device), timeout=timeout)
+    except RuntimeError as error:
+        raise RankLost(
+            f"not all {dist.get_world_size()} ranks came within dist_timeout = {timeout:g} s: {_first_line(error)}"
+        ) from error
+
+
 @contextmanager
 def watching(timeout: float) -> Iterator[Watch | None]:
     """Watch the other ranks within the block; None on one rank, which has none.
@@ -157,8 +176,11 @@ def watching(timeout: float) -> Iterator[Watch | None]:
     if dist.get_world_size() == 1:
         yield None
         return
-    watch = Watch(timeout, _connect(timeout), dist.get_global_rank(), dist.get_world_size())
-    watch.start()
+    try:
+        watch = Watch(timeout, _connect(timeout), dist.get_global_rank(), dist.get_world_size())
+        watch.start()
+    except RuntimeError as error:
+        raise RankLost(f"a rank was lost while the run started: {_first_line(error)}") from error
     try:
         yield watch
     except RuntimeError as error:
@@ -179,3 +201,7 @@ def _connect(timeout: float) -> Any:
     port = [own.port if own is not None else None]
     dist.broadcast_object_list(port, src=0)
     return own or torch_dist.TCPStore(host, port[0], None, False, timeout=wait, wait_for_workers=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors", "gather", "norm", "durable"},
+    {"errors", "gather", "norm", "optimizer", "durable"},
     {"nonuniform"},
     {"config", "axes", "loss", "storage", "signals", "watch"},
     {"families", "masks"},
-    {"gating", "selection_io", "data"},
+    {"gating", "selection_io", "data", "distributed"},
     {"model", "pruners"},
     {"checkpoint"},
     {"callbacks", "convert"},
