@@ -81,7 +81,7 @@ def shear(output: Path, **settings: Any) -> None:
     """Write the sheared model's Hugging Face directory; the run stays beside it. settings: as of :func:`config`."""
     folder = output.with_name(f"{output.name}-run")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder.with_suffix(".yaml")
+    file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config(folder=folder, **settings)))
     _run("llmshearing.train", file)
     _run("llmshearing.utils.post_pruning_processing", "prune_and_save_model", folder / "latest-rank0.pt")

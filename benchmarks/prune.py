@@ -7,7 +7,7 @@ Every model is evaluated on the same sequences of `eval_merge`; continued pretra
 same sequences of `for_ft` in the same order. What chooses sees `for_prune` only. The learned masks have trained the
 weights for ``shear_steps`` by the time they are folded, so they are continued twice: as long as the others, and for so
 much less that all have seen equally many tokens. ``--models`` adds models that exist.
-Writes results.json, table.txt and perplexity.png.
+Writes results.json, table.txt and perplexity.png; another call with the same settings adds to them.
 """
 
 from __future__ import annotations
@@ -181,6 +181,18 @@ def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> Non
     figure.savefig(path, dpi=110)
 
 
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What rows must agree in to be compared."""
+    return {key: getattr(arguments, key) for key in ("steps", "shear_steps", "batch", "lr", "eval_batches")}
+
+
+def earlier(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier call with the same settings: methods can be run one after the other."""
+    file = arguments.output / "results.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    return record["rows"] if record.get("settings") == settings(arguments) else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, type=Path, help="Hugging Face directory")
@@ -203,12 +215,12 @@ def main() -> None:
     bench = Bench(arguments)
     paths: dict[str, tuple[str, Path]] = {"source": ("source", arguments.source)} | bench.make()
     paths |= {name: (name, Path(path)) for name, _, path in (item.partition("=") for item in arguments.models)}
-    rows: dict[str, dict[str, Any]] = {}
+    rows = earlier(arguments)
     for label, (method, path) in paths.items():
-        for name, row in bench.rows(label, path).items():
+        for name, row in bench.rows(label, path).items() if label not in rows else ():
             rows[name] = {"method": method + name.removeprefix(label), **row}
-        record = {"machine": machine(), "settings": vars(arguments), "rows": rows}
-        (arguments.output / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+        record = {"machine": machine(), "settings": settings(arguments), "rows": rows}
+        (arguments.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     text = table(rows, bench.domains)
     (arguments.output / "table.txt").write_text(text + "\n")
     plot(rows, bench.domains, arguments.output / "perplexity.png")

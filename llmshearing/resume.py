@@ -174,7 +174,8 @@ def check_same_run(archive: Archive, source: Source, masks: L0Masks | None) -> N
     """
     model, optimizers = archive.subtree("state", "model"), archive.subtree("state", "optimizers")
     tensors = {name.removeprefix("module."): tuple(value.shape) for name, value in model.items()}
-    wanted = {f"model.{name}": source.table.tensor_shape(spec) for name, spec, _ in source.table.instances()}
+    table = source.table
+    wanted = {f"model.{name}": table.tensor_shape(spec, layer) for name, spec, layer in table.instances()}
     tied = {f"model.{name}" for name, spec, _ in source.table.instances() if spec.alias is not None}
     if masks is not None:
         wanted |= {f"masks.{name}": tuple(value.shape) for name, value in masks.state_dict().items()}

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from llmshearing.pruners.calibration import Calibration
 from llmshearing.pruners.decoder import batch_loss
 
-CONTEXT = 128  # tokens of the sequence whose FLOPs are counted
+CONTEXT = 128  # tokens of the sequence that FLOPs are told for
+SHORT = (2, 4)  # tokens of the sequences that they are counted on
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,22 @@ def measure(
     return Measures(parameters, parameters * dtype.itemsize, flops_per_token(model), perplexity)
 
 
-@torch.no_grad()
 def flops_per_token(model: PreTrainedModel) -> float:
-    """FLOPs of a forward pass of one sequence of CONTEXT tokens, by token; counted by torch as they happen."""
-    length = min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT))
+    """FLOPs of a forward pass of one sequence of CONTEXT tokens, by token.
+
+    A token's FLOPs are a constant and attention, which grows with the length: two short sequences tell both.
+    """
+    short, longer = (_flops(model, length) / length for length in SHORT)
+    return short + (longer - short) / (SHORT[1] - SHORT[0]) * (CONTEXT - SHORT[0])
+
+
+@torch.no_grad()
+def _flops(model: PreTrainedModel, length: int) -> int:
+    """Of a forward pass, counted by torch as they happen."""
     ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         model(input_ids=ids, use_cache=False)
-    return counter.get_total_flops() / length
+    return counter.get_total_flops()
 
 
 def perplexity_of(

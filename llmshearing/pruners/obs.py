@@ -85,7 +85,8 @@ def choose(
         percdamp: added to the Hessian's diagonal, in parts of its mean. minlayer, maxlayer: layers from the first of
             these to before the second are pruned; each kind's mean ratio over them is the target's.
         ratios: "uniform" or "log_increase". min_ratio: of the first layer (see obs_plan).
-        offload: directory for a temporary file with the hidden states of all sequences; None keeps them in memory.
+        offload: directory for temporary files of what a layer and its projections read of all sequences; None keeps
+            them in memory.
 
     Raises:
         ShearingError: options or target do not fit; a Hessian is singular (layer and tensor are named).
@@ -96,15 +97,15 @@ def choose(
     check_options(table.layers, minlayer, maxlayer, ratios, min_ratio, percdamp)
     counts = _counts(table, target, range(minlayer, maxlayer), ratios, min_ratio)
     kept: dict[str, dict[int, Tensor]] = {kind: {} for kind in counts}
-    with hidden_states(model, table, calibration, maxlayer, offload) as running:
-        for number in tqdm(range(maxlayer), desc="OBS", unit="layer"):
-            for projection in projections(table.at_layer(number)):
-                if remove := counts.get(projection.kind.name, {}).get(number, 0):
-                    linear = projection.linear(model, number)
-                    hessian = running.hessian(number, linear)
-                    kept[projection.kind.name][number] = _prune(projection, number, linear, hessian, remove, percdamp)
-            if number + 1 < maxlayer:
-                running.advance(number)
+    running = hidden_states(model, table, calibration, maxlayer, offload)
+    for number in tqdm(range(maxlayer), desc="OBS", unit="layer"):
+        for projection in projections(table.at_layer(number)):
+            if remove := counts.get(projection.kind.name, {}).get(number, 0):
+                linear = projection.linear(model, number)
+                hessian = running.hessian(number, linear)
+                kept[projection.kind.name][number] = _prune(projection, number, linear, hessian, remove, percdamp)
+        if number + 1 < maxlayer:
+            running.advance(number)
     units = {kind: tuple(_units(table, kind, number, kept[kind]) for number in range(table.layers)) for kind in counts}
     removed = {kind: [by_layer.get(number, 0) for number in range(table.layers)] for kind, by_layer in counts.items()}
     return Choice(Selection(units), {"percdamp": percdamp, "ratios": ratios, "removed": removed})
@@ -164,7 +165,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--ratios", choices=STRATEGIES, default=UNIFORM, help="of layers: the same, or more in later ones"
     )
     parser.add_argument("--min_ratio", type=float, help="log_increase: ratio of the first layer (5/16 of the mean)")
-    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep hidden states in a temporary file in DIR")
+    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep activations in temporary files in DIR")
 
 
 METHOD = Method(

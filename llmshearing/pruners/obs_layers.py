@@ -1,8 +1,12 @@
 """Running a decoder one layer at a time, with hooks that stop as soon as what is wanted is there.
 
 Nothing but the layers' names is known of the model. What else a layer is called with (positions, masks) is recorded
-from transformers' own forward. Only one layer is at work at a time, wherever the model was placed; hidden states wait
-in the CPU's memory or on disk.
+from transformers' own forward. Only one layer is at work at a time, wherever the model was placed. What it reads, and
+what its projections read, waits in the CPU's memory or on disk, so that no part of a layer runs twice:
+
+    o_proj's Hessian:     norm, queries, keys, values, attention               -> what o_proj reads
+    down_proj's Hessian:  o_proj on that, norm, gate and up projection         -> what down_proj reads
+    next layer:           o_proj and down_proj on those                        -> what the next layer reads
 
 Shape legend: N sequences, T tokens, B sequences in a batch, d hidden, n inputs of a projection.
 """
@@ -10,9 +14,9 @@ Shape legend: N sequences, T tokens, B sequences in a batch, d hidden, n inputs 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +27,100 @@ from transformers import PreTrainedModel
 from llmshearing.axes import Table
 from llmshearing.errors import ShearingError
 from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import first
+from llmshearing.pruners.decoder import first, patched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Columns of a Hessian that are computed at once, with all columns from there on; the rest is their mirror image.
+COLUMNS = 256
 
 
 class _Stop(Exception):
     """Ends a forward pass."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Running:
-    """states: what the current layer reads, [N, T, d]. arguments: of each layer, by the size of the batch."""
+    """states: what the current layer reads, [N, T, d]. arguments: of each layer, by the size of the batch.
+
+    room: makes a tensor for as many tokens, of a width. read: what projections of the current layer were seen to read.
+    """
 
     layers: Sequence[nn.Module]
     arguments: Mapping[int, Sequence[Arguments]]
     states: Tensor
     batch_size: int
     device: torch.device
+    room: Callable[[int], Tensor]
+    read: dict[nn.Linear, Tensor] = field(default_factory=dict)
 
     def hessian(self, number: int, linear: nn.Linear) -> Tensor:
         """2 X X^T [n, n] of what ``linear`` reads inside the current layer, in float32 or wider."""
         size, dtype = linear.in_features, torch.promote_types(linear.weight.dtype, torch.float32)
         total = torch.zeros(size, size, dtype=dtype, device=self.device)
-
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0].flatten(0, -2).to(dtype)  # [B T, n]
-            total.addmm_(inputs.t(), inputs, alpha=2)
-            raise _Stop
-
-        hook = linear.register_forward_pre_hook(add)
-        try:
-            for batch in self.states.split(self.batch_size):
-                try:
-                    self._run(number, batch)
-                except _Stop:
-                    continue
-        finally:
-            hook.remove()
-        return total
+        read = self.room(size)
+        for at, place in enumerate(read.split(self.batch_size)):
+            inputs = self._until(number, at, linear)
+            place.copy_(inputs)
+            rows = inputs.flatten(0, -2).to(dtype)  # [B T, n]
+            for start in range(0, size, COLUMNS):
+                some = rows[:, start : start + COLUMNS]
+                total[start : start + COLUMNS, start:].addmm_(some.t(), rows[:, start:], alpha=2)
+        self.read[linear] = read
+        return total.triu_() + total.triu(1).t()
 
     def advance(self, number: int) -> None:
         """Go on to the next layer: ``states`` becomes what this one writes."""
-        for batch in self.states.split(self.batch_size):
-            batch.copy_(self._run(number, batch))
+        for at, batch in enumerate(self.states.split(self.batch_size)):
+            batch.copy_(self._run(number, at))
+        self.read.clear()
 
-    def _run(self, number: int, batch: Tensor) -> Tensor:
+    def _until(self, number: int, at: int, linear: nn.Linear) -> Tensor:
+        """What ``linear`` reads of a batch; nothing behind it runs."""
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _Stop
+
+        hook = linear.register_forward_pre_hook(keep)
+        try:
+            self._run(number, at)
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _run(self, number: int, at: int) -> Tensor:
+        """The current layer on a batch; the modules whose projection's inputs are known start there."""
+        batch = self.states.split(self.batch_size)[at]
         args, kwargs = self.arguments[len(batch)][number]
-        return first(self.layers[number](batch.to(self.device), *args, **kwargs))
+        known = {}
+        for linear, read in self.read.items():
+            owner = next(module for module in self.layers[number].modules() if linear in module.children())
+            known[owner] = partial(self._from_read, linear, read.split(self.batch_size)[at], owner)
+        with patched(known):
+            return first(self.layers[number](batch.to(self.device), *args, **kwargs))
+
+    def _from_read(self, linear: nn.Linear, read: Tensor, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a module that ends in ``linear`` returns; attention of transformers also returns its weights."""
+        output = linear(read.to(self.device))
+        return (output, None) if hasattr(owner, "num_key_value_groups") else output
 
 
-@contextmanager
 def hidden_states(
     model: PreTrainedModel, table: Table, calibration: Calibration, count: int, offload: Path | str | None
-) -> Iterator[Running]:
-    """The first ``count`` layers, about to run layer 0. offload: directory for a temporary file; None: memory."""
+) -> Running:
+    """The first ``count`` layers, about to run layer 0. offload: directory for temporary files; None: memory."""
     prefix = next(spec.name for spec in table.tensors if spec.per_layer).partition("{layer}")[0]
     layers = list(model.get_submodule(prefix.rstrip(".")))[:count]  # type: ignore[arg-type]
     sizes = {len(ids): ids for ids in calibration.batches()}  # the last batch may be smaller
     arguments = {size: _record(model, layers, ids)[1] for size, ids in sizes.items()}
-    with _storage(model, calibration, offload) as states:
-        for batch, ids in zip(states.split(calibration.batch_size), calibration.batches(), strict=True):
-            batch.copy_(_record(model, layers[:1], ids)[0])
-        yield Running(layers, arguments, states, calibration.batch_size, model.device)
+    room = partial(_room, calibration.select.shape, model.dtype, offload)
+    states = room(model.get_input_embeddings().embedding_dim)
+    for batch, ids in zip(states.split(calibration.batch_size), calibration.batches(), strict=True):
+        batch.copy_(_record(model, layers[:1], ids)[0])
+    return Running(layers, arguments, states, calibration.batch_size, model.device, room)
 
 
 def _record(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, list[Arguments]]:
@@ -115,14 +150,12 @@ def _record(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) ->
     return states[0], others
 
 
-@contextmanager
-def _storage(model: PreTrainedModel, calibration: Calibration, offload: Path | str | None) -> Iterator[Tensor]:
-    """Room for hidden states [N, T, d] in memory, or in a file that is gone afterwards."""
-    shape = torch.Size((*calibration.select.shape, model.get_input_embeddings().embedding_dim))
+def _room(tokens: torch.Size, dtype: torch.dtype, offload: Path | str | None, width: int) -> Tensor:
+    """Room [N, T, width] in memory, or in a file without a name, which is gone with the tensor."""
+    shape = torch.Size((*tokens, width))
     if offload is None:
-        yield torch.empty(shape, dtype=model.dtype)
-        return
+        return torch.empty(shape, dtype=dtype)
     if not Path(offload).is_dir():
         raise ShearingError(f"offload {offload} is no directory")
     with tempfile.NamedTemporaryFile(dir=offload, prefix=".obs-") as file:
-        yield torch.from_file(file.name, shared=True, size=shape.numel(), dtype=model.dtype).view(shape)
+        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)

@@ -1,10 +1,13 @@
 """OBS on whole models: weights are the least-squares fit on pruned inputs, exact fold, ratios by layer, bad input."""
 
+import contextlib
 import math
+from collections import Counter
 
 import pytest
 import torch
 from helpers_oracle import random_model, tiny_config
+from helpers_prune import model_of
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
@@ -14,6 +17,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.gating import attach
 from llmshearing.pruners.calibration import Calibration
+from llmshearing.pruners.decoder import layer_by_layer
 from llmshearing.pruners.obs import choose, projections
 from llmshearing.pruners.obs_plan import layer_counts, layer_ratios
 
@@ -164,3 +168,29 @@ def test_dead_inputs_are_removed_first():
     choice = choose(model, table, target, sequences(), percdamp=0.0)
     assert all(not {1, 4} & set(units.index.tolist()) for units in choice.selection.units["intermediate"])
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_one_layer_at_a_time_on_the_device_gives_the_same_model():
+    results = []
+    for alone in (False, True):
+        model, table, target = case(HEADS)
+        layers = list(model.model.layers)
+        with layer_by_layer(model, layers, torch.device("cpu")) if alone else contextlib.nullcontext():
+            choose(model, table, target, sequences())
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_a_layer_runs_once_and_only_what_was_pruned_runs_again(family):
+    model = model_of(family, num_key_value_heads=2)
+    runs = Counter()
+    for name in ("q_proj", "o_proj", "up_proj", "down_proj"):
+        for layer in model.model.layers:
+            module = layer.get_submodule(("self_attn." if name in ("q_proj", "o_proj") else "mlp.") + name)
+            module.register_forward_hook(lambda module, args, out, name=name: runs.update([name]))
+    table = table_for(model.config)
+    target = {**table.shape(), "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6}
+    choose(model, table, target, sequences(batch_size=5))
+    # First all layers but the last, while their arguments are recorded. What the last layer writes nobody reads.
+    assert runs == {"q_proj": 3 + 4, "o_proj": 3 + 4 + 3, "up_proj": 3 + 4, "down_proj": 3 + 3}
