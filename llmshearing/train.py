@@ -28,6 +28,7 @@ from llmshearing.callbacks.pruning import PruningCallback
 from llmshearing.callbacks.shearing import Shearing
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.manifest import check_tokenizer
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
@@ -169,7 +170,8 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
 
     def loading(loader: Any) -> dict[str, Any]:
         names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
-        where = {"local": loader.dataset.local, "split": loader.dataset.split}
+        places = ("local", "remote", "split", "download_retry", "download_timeout")
+        where = {name: getattr(loader.dataset, name) for name in places}
         return {**shared, **where, **{name: getattr(loader, name) for name in names}}
 
     train = build_train_dataloader(
@@ -185,6 +187,8 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
     evaluation = build_eval_dataloader(
         **loading(cfg.eval_loader), batch_size=cfg.device_eval_batch_size, subset_num_batches=subset
     )
+    recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
+    check_tokenizer(Path(cfg.data_local), Path(cfg.tokenizer_name or recorded or ""))
     return train, evaluation
 
 
