@@ -48,6 +48,9 @@ class CheckpointInfo:
     """What was done to make it, oldest first."""
     generation_config: dict[str, Any] | None = None
     """The source's, where it had one."""
+    evaluation: dict[str, Any] | None = None
+    """``batch``, ``loss`` and ``domains`` (nats per token) of the last evaluation of the model that is in the file, or
+    that its masks fold to; None: there was none."""
 
     @property
     def config(self) -> PretrainedConfig:

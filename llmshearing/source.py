@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.axes import Table
 from llmshearing.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
 from llmshearing.convert.hf import load_hf_model
+from llmshearing.distributed import reads_source
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
@@ -102,11 +104,17 @@ def _shape_of(config: PretrainedConfig) -> Shape:
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     """The transformers model with float32 weights, every tensor found and none left over.
 
+    Under FSDP only the first rank reads them (:func:`~llmshearing.distributed.reads_source`); the others' parameters
+    are on the meta device until Composer hands them their shards.
+
     Raises:
         ShearingError: weights are missing, unexpected or of another shape.
     """
     attention = cfg.model.attn_implementation or "sdpa"
-    if source.checkpoint is not None:
+    if not reads_source(cfg):
+        with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
+            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    elif source.checkpoint is not None:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         load_weights(model, source.checkpoint.weights)
     else:

@@ -79,7 +79,7 @@ def load(path, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("method", [name for name in TARGETS if name in METHODS])
 def test_the_directory_is_the_gated_model(method, family, variant, source, text, tmp_path):
     path = source(family, **variant)

@@ -105,8 +105,8 @@ def _folded(
     for name in sorted(makers, key=lambda name: table.by_name[name][0].alias is not None):
         spec, layer = table.by_name[name]
         source = weights.entries[spec.name.format(layer=None if layer is None else kept[layer])]
-        make = torch.no_grad()(makers[name])
-        entries[name] = entries[spec.alias] if spec.alias else LazyTensor(table.tensor_shape(spec), source.dtype, make)
+        shape, make = table.tensor_shape(spec, layer), torch.no_grad()(makers[name])
+        entries[name] = entries[spec.alias] if spec.alias else LazyTensor(shape, source.dtype, make)
     return LazyTensors(entries)
 
 

@@ -12,9 +12,15 @@ from llmshearing.families.llama import llama_table
 from llmshearing.families.mistral import mistral_table
 from llmshearing.families.nonuniform import nonuniform_table
 from llmshearing.families.qwen2 import qwen2_table
+from llmshearing.families.qwen3 import qwen3_table
 from llmshearing.nonuniform.config import TYPE, config_with_sizes
 
-UNIFORM: dict[str, Callable[..., Table]] = {"llama": llama_table, "mistral": mistral_table, "qwen2": qwen2_table}
+UNIFORM: dict[str, Callable[..., Table]] = {
+    "llama": llama_table,
+    "mistral": mistral_table,
+    "qwen2": qwen2_table,
+    "qwen3": qwen3_table,
+}
 FAMILIES = UNIFORM | {TYPE + name: partial(nonuniform_table, table) for name, table in UNIFORM.items()}
 # Keys of a config that hold a list with an entry per layer.
 PER_LAYER_KEYS = ("layer_types",)

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmshearing.errors import ShearingError
 
 # Model types of the families that have such a form: those with a table.
-BASES = ("llama", "mistral", "qwen2")
+BASES = ("llama", "mistral", "qwen2", "qwen3")
 TYPE, CLASS = "nonuniform_", "NonUniform"
 SIZES = "layer_sizes"
 

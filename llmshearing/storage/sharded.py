@@ -9,9 +9,6 @@ checksums are compared first. Plain values load with ``weights_only=True``.
 
 from __future__ import annotations
 
-import io
-import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ from torch import Tensor
 
 from llmshearing.errors import ShearingError
 from llmshearing.storage.lazy import LazyTensor
-from llmshearing.storage.metadata import METADATA, Blob, Item, read_metadata
-from llmshearing.storage.torch_file import damaged, plain_types
+from llmshearing.storage.metadata import METADATA, Blob, Item, Piece, read_metadata
+from llmshearing.storage.torch_file import TorchFile
 
 
 class ShardedFolder:
@@ -55,7 +52,7 @@ class ShardedFolder:
             ShearingError: naming the file with the first that differs.
         """
         for blob in self._blobs():
-            self._checked(blob)
+            self._open(blob).verify()
 
     def _blobs(self) -> Iterator[Blob]:
         for item in self._items:
@@ -75,41 +72,30 @@ class ShardedFolder:
                     f"checkpoint {self.path} is damaged: {name} is cut off, {file.stat().st_size:,} of {end:,} bytes"
                 )
 
-    def _checked(self, blob: Blob) -> io.BytesIO:
-        """The bytes of a piece, a file of torch.save, with right checksums."""
-        file = self.path / blob.file
-        with damaged(file):
-            with open(file, "rb") as opened:
-                data = io.BytesIO(os.pread(opened.fileno(), blob.length, blob.start))
-            with zipfile.ZipFile(data) as archive:
-                if bad := archive.testzip():
-                    raise ShearingError(f"checkpoint {file} is damaged: checksum of its record {bad} is wrong")
-        data.seek(0)
-        return data
-
-    def _load(self, blob: Blob) -> Any:
-        data = self._checked(blob)
-        with damaged(self.path / blob.file), torch.serialization.safe_globals(plain_types()):
-            return torch.load(data, weights_only=True, map_location="cpu")
-
+    def _open(self, blob: Blob) -> TorchFile:
+        return TorchFile(self.path / blob.file, blob.start, blob.length)
 
     def _value(self, item: Item) -> Any:
         if item.dtype is None:
-            return self._load(item.pieces[0].blob)
+            return self._open(item.pieces[0].blob).subtree()
         return LazyTensor(item.shape, item.dtype, lambda: self._assemble(item))
 
     def _assemble(self, item: Item) -> Tensor:
         """The pieces cover the tensor exactly once: :func:`read_metadata` has seen to it."""
-        whole = None if len(item.pieces) == 1 else torch.empty(item.shape, dtype=item.dtype)
+        if len(item.pieces) == 1:
+            return self._part(item, item.pieces[0])
+        whole = torch.empty(item.shape, dtype=item.dtype)
         for piece in item.pieces:
-            value = self._load(piece.blob)
-            if not isinstance(value, Tensor) or value.dtype != item.dtype or tuple(value.shape) != piece.shape:
-                name = ".".join(map(str, item.path))
-                raise ShearingError(f"checkpoint {self.path / piece.blob.file}: its piece of {name} is something else")
-            if whole is None:
-                return value
-            whole[tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.shape, strict=True))] = value
-        return torch.empty(item.shape, dtype=item.dtype) if whole is None else whole
+            place = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.shape, strict=True))
+            whole[place] = self._part(item, piece)
+        return whole
+
+    def _part(self, item: Item, piece: Piece) -> Tensor:
+        stored = self._open(piece.blob).subtree()
+        if not isinstance(stored, LazyTensor) or (stored.dtype, stored.shape) != (item.dtype, piece.shape):
+            name = ".".join(map(str, item.path))
+            raise ShearingError(f"checkpoint {self.path / piece.blob.file}: its part of {name} is something else")
+        return stored.make()
 
 
 def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:

@@ -11,7 +11,8 @@ file would count as the process's memory. Every record is compared with its chec
 from __future__ import annotations
 
 import datetime
-import os
+import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from llmshearing.errors import ShearingError
 from llmshearing.storage.lazy import LazyTensor
+from llmshearing.storage.window import Window
 
 CHUNK = 16 << 20  # bytes read at once
 TENSORS = "/data/"  # in the names of records that hold tensors
@@ -34,21 +36,22 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: the lengths of the n
 
 
 class TorchFile:
-    """One file, kept open.
+    """One file, or the part of one from ``start`` on; kept open.
 
     Raises:
         ShearingError: it is not a file of torch.save, or damaged, or its values are more than plain data.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
         self.path = path
         self._tensors: dict[tuple[Any, ...], LazyTensor] = {}
         with damaged(path):
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - as long as its tensors
+            self._file = Window(path, start, length)
             self._records = self._directory()
             self._verify({start: item for start, item in self._records.items() if TENSORS not in item.filename})
+            self._file.seek(0)
             with FakeTensorMode(), torch.serialization.safe_globals(plain_types()):
-                values = torch.load(path, weights_only=True)
+                values = torch.load(self._file, weights_only=True)
             self._state = self._lazy(values)
 
     def subtree(self, *keys: str) -> Any:
@@ -69,13 +72,13 @@ class TorchFile:
 
     def _directory(self) -> dict[int, zipfile.ZipInfo]:
         """Offset of a record's bytes -> record. They begin after its local header, not where the directory says."""
-        size = os.fstat(self._file.fileno()).st_size
         records = {}
+        header = memoryview(bytearray(_LOCAL_HEADER.size))
         with zipfile.ZipFile(self._file) as archive:
             for record in archive.infolist():
-                lengths = _LOCAL_HEADER.unpack(os.pread(self._file.fileno(), _LOCAL_HEADER.size, record.header_offset))
-                start = record.header_offset + _LOCAL_HEADER.size + sum(lengths)
-                if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > size:
+                self._file.fill(header, record.header_offset)
+                start = record.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+                if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > self._file.length:
                     raise zipfile.BadZipFile(f"record {record.filename} is compressed or cut off")
                 records[start] = record
         return records
@@ -91,8 +94,7 @@ class TorchFile:
         for at in range(0, record.file_size, CHUNK):
             size = min(CHUNK, record.file_size - at)
             chunk = into[at : at + size] if whole else into[:size]
-            if os.preadv(self._file.fileno(), [chunk], start + at) != size:
-                raise EOFError(f"record {record.filename} is cut off")
+            self._file.fill(chunk, start + at)
             checksum = zlib.crc32(chunk, checksum)
         if checksum != record.CRC:
             raise ShearingError(f"checkpoint {self.path} is damaged: checksum of its record {record.filename} is wrong")
@@ -126,8 +128,16 @@ def damaged(path: Path) -> Iterator[None]:
     except ShearingError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ShearingError(f"checkpoint {path} is damaged or no checkpoint of torch.save: {reason}") from error
+        raise ShearingError(f"checkpoint {path} is damaged or no checkpoint of torch.save: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong, in a line. torch's own text on refused pickles advises to load them unsafely: not repeated."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL (\S+)", text)
+        return f"it names {refused[1]}, which is no plain data" if refused else "its pickle is no plain data"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def plain_types() -> list[Any]:

@@ -44,7 +44,7 @@ def log_probabilities(model):
 
 
 @settings(max_examples=10)
-@given(st.sampled_from(["llama", "qwen2"]), st.sampled_from(["group", "query"]), st.data())
+@given(st.sampled_from(["llama", "qwen2", "qwen3"]), st.sampled_from(["group", "query"]), st.data())
 def test_the_non_uniform_and_the_padded_model_are_the_gated_one(family, mode, data):
     model = model_of(family, num_key_value_heads=2)
     for _ in range(2):  # the second time from what came out, whose layers differ: in the other mode too

@@ -1,0 +1,40 @@
+"""Composer's DecoupledAdamW with torch's fused kernel.
+
+    w <- w (1 - (lr / lr_0) decay)      m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
+    w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)               lr_0: the learning rate before any schedule
+
+Loshchilov, Hutter 2019 (arXiv:1711.05101). Every weight of the source is stepped, closed or not, so that this is what of a
+shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and no
+synchronisation for each parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+from composer.optim import DecoupledAdamW
+from torch import Tensor
+
+
+class FusedDecoupledAdamW(DecoupledAdamW):
+    """Same arguments, state and metrics as Composer's; parameters of one device. A learning rate of 0 changes nothing."""
+
+    @staticmethod
+    def adamw(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+        *,
+        initial_lr: float,
+        weight_decay: float,
+        **options: float,
+    ) -> None:
+        """The functional form that :meth:`step` calls with the parameters of a group."""
+        if not params:
+            return
+        # The kernel decays by 1 - lr * weight_decay.
+        decay = weight_decay / initial_lr if initial_lr else 0.0
+        tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        torch._fused_adamw_(*tensors, weight_decay=decay, maximize=False, **options)
