@@ -32,6 +32,10 @@ EXTRAS = {
     "dev": [
         "pyarrow>=15",
         "matplotlib>=3.8",
+        # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
+        "moto[s3]>=5",
+        "flask>=2.2",
+        "flask-cors>=4",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

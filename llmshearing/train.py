@@ -31,6 +31,7 @@ from llmshearing.callbacks.shearing import Shearing
 from llmshearing.callbacks.stop import StopOnSignal
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.manifest import check_tokenizer
 from llmshearing.distributed import fsdp2
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.masks.l0 import L0Masks
@@ -179,7 +180,8 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
 
     def loading(loader: Any) -> dict[str, Any]:
         names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
-        where = {"local": loader.dataset.local, "split": loader.dataset.split}
+        places = ("local", "remote", "split", "download_retry", "download_timeout")
+        where = {name: getattr(loader.dataset, name) for name in places}
         return {**shared, **where, **{name: getattr(loader, name) for name in names}}
 
     train = build_train_dataloader(
@@ -195,6 +197,8 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
     evaluation = build_eval_dataloader(
         **loading(cfg.eval_loader), batch_size=cfg.device_eval_batch_size, subset_num_batches=subset
     )
+    recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
+    check_tokenizer(Path(cfg.data_local), Path(cfg.tokenizer_name or recorded or ""))
     return train, evaluation
 
 

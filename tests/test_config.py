@@ -277,10 +277,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["train_loader.dataset.split=null", "callbacks.data_loading.dynamic=false"],
         ["train_loader.dataset.split", "dynamic"],
     ),
-    "remote data": (
-        ["data_remote=s3://x", "train_loader.dataset.remote=null", "eval_loader.dataset.remote=null"],
-        ["data_remote = s3://x", "null"],
-    ),
+    "no time to download": (["train_loader.dataset.download_timeout=0"], ["download_timeout = 0", "more than 0"]),
     "sequence lengths": (["eval_loader.dataset.max_seq_len=64"], ["dataset.max_seq_len = 64", "max_seq_len = 128"]),
     "target's sequence length": ([f"{TARGET}.max_seq_len=64"], [f"{TARGET}.max_seq_len = 64", "128"]),
     "prefetch without workers": (["train_loader.prefetch_factor=2"], ["prefetch_factor = 2", "num_workers = 0"]),

@@ -78,10 +78,6 @@ def check_splits(cfg: Config) -> Iterator[str]:
         yield "missing key eval_loader.dataset.split: the merged split of all domains, such as eval_merge"
     if not cfg.callbacks.data_loading.dynamic and not cfg.train_loader.dataset.split:
         yield "missing key train_loader.dataset.split: needed while callbacks.data_loading.dynamic is false"
-    for key in ("data_remote", "train_loader.dataset.remote", "eval_loader.dataset.remote"):
-        value = _get(cfg, key)
-        if value is not None:
-            yield f"{key} = {value}: must be null, data are read from data_local"
 
 
 @reads("train_loader", "eval_loader")

@@ -133,7 +133,11 @@ class Dataset:
     local: str = II("data_local")
     """Directory."""
     remote: str | None = II("data_remote")
-    """Legacy; only null."""
+    """Address of the same folders in remote storage; `local` keeps what was downloaded. null: all is in `local`."""
+    download_retry: int = count(2, low=0)
+    """Attempts after a download has failed."""
+    download_timeout: float = number(60.0, low=0, above=True)
+    """Seconds for one attempt to download a shard."""
     split: str | None = None
     """Folder inside `local`. Evaluation needs one (all domains merged); training, unless data_loading.dynamic."""
     shuffle: bool = True
@@ -319,7 +323,7 @@ class Config:
     data_local: str = MISSING
     """Directory of the MDS data."""
     data_remote: str | None = None
-    """Legacy; only null: data are read from disk."""
+    """Address that `data_local` is filled from, e.g. s3://bucket/data (see docs/data.md); null: all is there."""
     tokenizer_name: str | None = None
     """Hugging Face tokenizer directory or name, saved beside exported models."""
     max_seq_len: int = count()

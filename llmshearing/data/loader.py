@@ -4,7 +4,7 @@ A batch is a dict: `input_ids` int64 [B, T], `set` int64 [B] (index into set_nam
 Evaluation pads: rows with `set` == -1 must count for nothing (see `dataset.EvalDataset`).
 """
 
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,15 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from llmshearing.data.dataset import EvalDataset, MixtureDataset
+from llmshearing.data.index import INDEX, broken_json
+from llmshearing.data.manifest import MANIFEST, check_model
 from llmshearing.data.mixture import Mixture
 from llmshearing.data.reading import join
+from llmshearing.data.remote import Remote
 from llmshearing.data.shards import MdsDirectory
 from llmshearing.errors import ShearingError
+
+log = logging.getLogger(__name__)
 
 
 def build_train_dataloader(
@@ -41,6 +46,9 @@ def build_train_dataloader(
     timeout: float = 0,
     mixing: str = "exact",
     multiprocessing_context: str | None = None,
+    remote: str | None = None,
+    download_retry: int = 2,
+    download_timeout: float = 60.0,
 ) -> DataSpec:
     """The endless mixture of `local/<split>/<domain>` (`local/<domain>` without a split) for each of
     set_names.
@@ -52,17 +60,21 @@ def build_train_dataloader(
     on them. They are started once an epoch, so `persistent_workers` changes nothing here. `timeout`: seconds to
     wait for a batch from them, 0 for ever. `mixing`: exact or multinomial.
 
+    `remote` holds the same folders as `local`, which then is where shards are kept once they have been downloaded; one
+    attempt takes at most `download_timeout` seconds and is followed by `download_retry` more.
+
     Raises ShearingError for missing domains, damaged shards, another sequence length or vocabulary, bad
     proportions.
     """
     _check_workers(num_workers, prefetch_factor, persistent_workers)
-    root = _split_directory(local, split)
-    _check_manifest(Path(local), max_seq_len, vocab_size)
-    plain = not dynamic and (root / "index.json").is_file()
+    source = _open_remote(Path(local), remote, download_retry, download_timeout)
+    root, source = _split_directory(local, split, source)
+    check_model(Path(local), max_seq_len, vocab_size)
+    plain = not dynamic and (source is not None or (root / INDEX).is_file())
     if plain:
-        streams, names, proportion = [MdsDirectory(root, max_seq_len, vocab_size)], [split or root.name], [1.0]
+        streams, names, proportion = [MdsDirectory(root, max_seq_len, vocab_size, source)], [split or root.name], [1.0]
     else:
-        streams, names = _open_domains(root, set_names, max_seq_len, vocab_size), list(set_names)
+        streams, names = _open_domains(root, set_names, max_seq_len, vocab_size, source), list(set_names)
     sizes, blocks = [len(stream) for stream in streams], [stream.block for stream in streams]
     mixture = Mixture(names, sizes, proportion, seed, shuffle, mixing=mixing, blocks=blocks)
     dataset = MixtureDataset(
@@ -96,6 +108,9 @@ def build_eval_dataloader(
     pin_memory: bool | None = None,
     timeout: float = 0,
     multiprocessing_context: str | None = None,
+    remote: str | None = None,
+    download_retry: int = 2,
+    download_timeout: float = 60.0,
 ) -> DataSpec:
     """The merged evaluation split `local/<split>`: every sample once, over all ranks together.
 
@@ -106,10 +121,11 @@ def build_eval_dataloader(
     set_names.
     """
     _check_workers(num_workers, prefetch_factor, persistent_workers)
-    root = _split_directory(local, split)
-    _check_manifest(Path(local), max_seq_len, vocab_size)
+    source = _open_remote(Path(local), remote, download_retry, download_timeout)
+    root, source = _split_directory(local, split, source)
+    check_model(Path(local), max_seq_len, vocab_size)
     dataset = EvalDataset(
-        MdsDirectory(root, max_seq_len, vocab_size),
+        MdsDirectory(root, max_seq_len, vocab_size, source),
         set_names,
         batch_size=batch_size,
         rank=dist.get_global_rank(),
@@ -152,53 +168,47 @@ def _check_workers(num_workers: int, prefetch_factor: int | None, persistent_wor
         )
 
 
-def _split_directory(local: Path | str, split: str | None) -> Path:
+def _open_remote(local: Path, url: str | None, retry: int, timeout: float) -> Remote | None:
+    """The data's remote directory; its manifest comes to `local`, if there is one."""
+    if url is None:
+        return None
+    remote = Remote(url, retry, timeout)
+    if not (local / MANIFEST).is_file():
+        try:
+            Remote(url, 0, timeout).fetch(MANIFEST, local / MANIFEST, broken_json)
+        except ShearingError:  # the predecessor's data have none; they are checked as they are read
+            log.warning("%s has no %s that can be read", url, MANIFEST)
+    return remote
+
+
+def _split_directory(local: Path | str, split: str | None, source: Remote | None) -> tuple[Path, Remote | None]:
+    """The folder of a split, here and in remote storage."""
     root = Path(local, split) if split else Path(local)
-    if not root.is_dir():
+    if source is None and not root.is_dir():
         raise ShearingError(f"data directory {root} does not exist; {Path(local)} has {_folders(Path(local))}")
-    return root
+    return root, source.below(split) if source is not None and split else source
 
 
 def _folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
 
 
-def _open_domains(root: Path, set_names: Sequence[str], max_seq_len: int, vocab_size: int) -> list[MdsDirectory]:
+def _open_domains(
+    root: Path, set_names: Sequence[str], max_seq_len: int, vocab_size: int, source: Remote | None
+) -> list[MdsDirectory]:
     """Every domain's directory, all problems reported at once."""
     if not set_names:
         raise ShearingError(f"set_names is empty; {root} has {_folders(root)}")
     streams, problems = [], []
     for name in set_names:
-        if not (root / name).is_dir():
+        if source is None and not (root / name).is_dir():
             problems.append(f"domain {name!r} is not in {root}, which has {_folders(root)}")
             continue
         try:
-            streams.append(MdsDirectory(root / name, max_seq_len, vocab_size))
+            inside = source.below(name) if source is not None else None
+            streams.append(MdsDirectory(root / name, max_seq_len, vocab_size, inside))
         except ShearingError as error:
             problems.append(str(error))
     if problems:
         raise ShearingError("\n".join(problems))
     return streams
-
-
-def _check_manifest(local: Path, max_seq_len: int, vocab_size: int) -> None:
-    """Compare what `prepare` recorded with what the model asks for; data without a manifest is checked as it
-    is read."""
-    file = local / "manifest.json"
-    if not file.is_file():
-        return
-    try:
-        manifest = json.loads(file.read_text())
-        recorded_length, recorded_vocab = int(manifest["max_seq_len"]), int(manifest["vocab_size"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShearingError(f"{file} cannot be read: {error!r}; prepare the data again") from error
-    problems = []
-    if recorded_length != max_seq_len:
-        problems.append(f"{file}: sequences are {recorded_length} tokens long, max_seq_len is {max_seq_len}")
-    if recorded_vocab > vocab_size:
-        problems.append(
-            f"{file}: the tokenizer has {recorded_vocab} ids, the model's vocab_size is {vocab_size}; "
-            "prepare the data with the model's tokenizer"
-        )
-    if problems:
-        raise ShearingError("\n".join(problems))

@@ -13,6 +13,7 @@ import numpy as np
 
 EVAL, FOR_PRUNE, FOR_FT = "eval", "for_prune", "for_ft"
 EVAL_MERGE = "eval_merge"
+FirstTime = Callable[[bytes], bool]  # of a document's digest
 COUNTS = ("documents", "tokens", "sequences", "bytes")
 
 
@@ -73,7 +74,7 @@ class Packer:
     def full(self) -> bool:
         return self.limit is not None and self.sequences >= self.limit
 
-    def add(self, documents: Documents, first_time: Callable[[bytes], bool] | None = None) -> None:
+    def add(self, documents: Documents, first_time: FirstTime | None = None) -> None:
         """Append documents until the packer is full; those whose digest is not `first_time` are duplicates."""
         chosen = documents.only(self._wanted(documents, first_time))
         self.documents += len(chosen.lengths)
@@ -89,7 +90,7 @@ class Packer:
             self.sequences += 1
         self.rest = stream[whole * self.max_seq_len :].tolist()
 
-    def _wanted(self, documents: Documents, first_time: Callable[[bytes], bool] | None) -> np.ndarray:
+    def _wanted(self, documents: Documents, first_time: FirstTime | None) -> np.ndarray:
         """Which documents to take, [n] bool: what is no duplicate, up to the one that fills the last sequence."""
         wanted = np.zeros(len(documents.lengths), bool)
         room = np.inf if self.limit is None else (self.limit - self.sequences) * self.max_seq_len - len(self.rest)

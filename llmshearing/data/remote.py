@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
@@ -20,6 +21,7 @@ from llmshearing.errors import ShearingError
 log = logging.getLogger(__name__)
 
 BACKOFF = 0.5  # seconds before the second attempt; doubles
+_downloaders: dict[tuple[int, str, float], CloudDownloader] = {}
 Problem = Callable[[Path], str | None]
 
 
@@ -30,6 +32,17 @@ class Remote:
     url: str
     retry: int = 2
     timeout: float = 60.0
+
+    @property
+    def longest(self) -> float:
+        """Seconds that `fetch` can take."""
+        return (self.retry + 1) * self.timeout + BACKOFF * (2**self.retry - 1)
+
+    def __post_init__(self) -> None:
+        try:
+            CloudDownloader.get(self.url)
+        except Exception as error:  # what is missing differs by storage
+            raise ShearingError(f"remote = {self.url} is no address that Streaming can read: {error}") from error
 
     def below(self, name: str) -> "Remote":
         """A directory inside."""
@@ -46,13 +59,13 @@ class Remote:
             if attempt:
                 log.warning("downloading %s/%s failed (%s); trying again", self.url, name, said)
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.{attempt}.tmp")
+            temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
             try:
-                temporary.unlink(missing_ok=True)
                 said = self._download(name, temporary) or problem(temporary) or ""
                 if not said:
                     os.replace(temporary, target)
                     return
+                said = said.replace(str(temporary), target.name)
             finally:
                 temporary.unlink(missing_ok=True)
         raise ShearingError(
@@ -64,21 +77,36 @@ class Remote:
         """One attempt; what went wrong, or None.
 
         In a thread, as Streaming's own timeout is for each read from the network: a server that sends a byte a second
-        would keep it waiting for hours. A thread that is late is left alone with a file that nobody reads.
+        would keep it waiting for hours. A thread that is late is left alone and cleans up after itself.
         """
         said: list[str | None] = []
+        late = threading.Event()
 
         def work() -> None:
             try:
-                CloudDownloader.direct_download(f"{self.url}/{name}", str(target), self.timeout)
+                self._downloader().download(f"{self.url}/{name}", str(target), self.timeout)
                 said.append(None)
             except Exception as error:  # each kind of storage has errors of its own
                 said.append(str(error) or repr(error))
+            if late.is_set():
+                target.unlink(missing_ok=True)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(self.timeout)
-        return said[0] if said else f"it took more than {self.timeout:g} seconds"
+        if thread.is_alive():
+            late.set()
+            said = [f"it took more than {self.timeout:g} seconds"]
+        if said[0]:
+            _downloaders.clear()
+        return said[0]
+
+    def _downloader(self) -> CloudDownloader:
+        """Of this process; making one for S3 takes longer than a small download."""
+        key = (os.getpid(), self.url.partition("://")[0], self.timeout)
+        if key not in _downloaders:
+            _downloaders[key] = CloudDownloader.get(self.url)
+        return _downloaders[key]
 
 
 class Upload:

@@ -333,4 +333,4 @@ def test_foreign_columns_and_pickles_are_refused(tmp_path):
     with pytest.raises(ShearingError) as caught:
         train((tmp_path, ["text", "floats", "pickled"]), split=None)
     said = str(caught.value)
-    assert "['tokens', 'set'] is missing" in said and "'float32'" in said and "unsafe type: pkl" in said
+    assert "['tokens', 'set'] is missing" in said and "'float32'" in said and "would run code" in said
