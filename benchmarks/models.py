@@ -147,7 +147,7 @@ def shearing(
         last["outputs"] = sheared(batch)
         return sheared.loss(last["outputs"], batch)
 
-    def after() -> None:
+    def after(metrics: Metrics = metrics) -> None:
         masks.project()
         masks.step += 1
         metrics(last["outputs"])
