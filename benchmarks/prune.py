@@ -1,11 +1,13 @@
 """All pruners on one source at the same number of block parameters: perplexity by domain, before and after training on.
 
     python -m benchmarks.prune --source DIR --data MDS --output DIR [--ratios 0.25 0.5] [--steps 60]
-        [--models sheared=DIR ...] [--threads 1]
+        [--shear_steps 30] [--models NAME=DIR ...] [--threads 1]
 
 Every model is evaluated on the same sequences of `eval_merge`; continued pretraining is the same for all: AdamW, the
-same sequences of `for_ft` in the same order. ``--models`` adds models that exist, such as what a shearing run folds to.
-Methods that choose by sequences see `for_prune` only. Writes results.json, table.txt and perplexity.png.
+same sequences of `for_ft` in the same order. What chooses sees `for_prune` only. The learned masks have trained the
+weights for ``shear_steps`` by the time they are folded, so they are continued twice: as long as the others, and for so
+much less that all have seen equally many tokens. ``--models`` adds models that exist.
+Writes results.json, table.txt and perplexity.png.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.common import machine
+from benchmarks.learned import shear
 from llmshearing.data.loader import build_eval_dataloader
 from llmshearing.data.shards import MdsDirectory
 from llmshearing.evaluation import domain_losses
 from llmshearing.prune import SequenceOptions, prune
 
+LEARNED = "learned masks"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {}),
     "activation": ("activation", {}),
     "obs": ("obs", {}),
+    "obs log_increase": ("obs", {"ratios": "log_increase"}),
     "depth window": ("depth", {"by": "window"}),
     "depth greedy": ("depth", {"by": "greedy"}),
     "depth influence": ("depth", {"by": "influence"}),
@@ -70,9 +76,9 @@ class Bench:
             columns.append(np.stack([directory[int(place)][0] for place in places]))
         return torch.from_numpy(np.stack(columns, 1).reshape(-1, self.length)[:number])
 
-    def train(self, model: PreTrainedModel) -> PreTrainedModel:
+    def train(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
         """A short continued pretraining: AdamW, warm-up of a tenth, then cosine to zero."""
-        steps, rate = self.arguments.steps, self.arguments.lr
+        rate = self.arguments.lr
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
         ids = self.sequences(model.config.vocab_size).split(self.arguments.batch)
         model.train()
@@ -88,41 +94,66 @@ class Bench:
             optimizer.zero_grad()
         return model.eval()
 
-    def row(self, path: Path | str) -> dict[str, Any]:
-        model = load(path)
-        row = {"parameters": model.num_parameters(), "before": self.losses(model)}
-        if self.arguments.steps:
-            row["after"] = self.losses(self.train(model))
-        return row
+    def rows(self, label: str, path: Path | str) -> dict[str, dict[str, Any]]:
+        """label -> parameters, tokens trained on, and losses before and after continued pretraining.
 
+        Two rows for learned masks, which have been trained on tokens already.
+        """
+        model, steps = load(path), self.arguments.steps
+        seen = self.arguments.shear_steps if label.startswith(LEARNED) else 0
+        size = {"parameters": model.num_parameters()}
+        found: dict[str, dict[str, Any]] = {
+            label: {**size, "before": self.losses(model), "tokens": {"before": seen * self.tokens}}
+        }
+        cases = {label: steps, f"{label}, equal tokens": steps - seen} if seen else {label: steps}
+        for name, own in cases.items():
+            row = found.setdefault(name, {**size, "tokens": {}})
+            if own > 0:
+                row["after"] = self.losses(self.train(load(path), own))
+                row["tokens"]["after"] = (seen + own) * self.tokens
+        return {name: row for name, row in found.items() if row["tokens"]}
 
-def make(arguments: argparse.Namespace) -> dict[str, tuple[float, Path]]:
-    """label -> (ratio, directory) of every pruned model; those that exist are kept."""
-    made = {}
-    sequences = SequenceOptions(samples=arguments.samples, report_samples=8)
-    for ratio in arguments.ratios:
-        for label in arguments.methods:
-            method, options = CASES[label]
-            output = arguments.output / f"{label.replace(' ', '-')}-{ratio:g}"
-            if not output.exists():
-                prune(
-                    method, arguments.source, output, {"ratio": ratio}, calibration=arguments.data,
-                    sequences=sequences, **options,
-                )  # fmt: skip
-            made[f"{label} {ratio:g}"] = (ratio, output)
-    return made
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.arguments.batch * self.length
+
+    def make(self) -> dict[str, tuple[str, Path]]:
+        """label -> (method, directory) of every pruned model; those that exist are kept."""
+        return {
+            f"{label} {ratio:g}": (label, self.pruned(label, ratio))
+            for ratio in self.arguments.ratios
+            for label in self.arguments.methods
+        }
+
+    def pruned(self, label: str, ratio: float) -> Path:
+        """The directory of one pruned model."""
+        options = self.arguments
+        output = options.output / f"{label.replace(' ', '-')}-{ratio:g}"
+        if output.exists():
+            return output
+        if label == LEARNED:
+            shear(
+                output, source=options.source, data=self.data, ratio=ratio, domains=self.domains, length=self.length,
+                steps=options.shear_steps, batch=options.batch, lr=options.lr,
+            )  # fmt: skip
+            return output
+        method, own = CASES[label]
+        sequences = SequenceOptions(samples=options.samples, report_samples=8)
+        prune(method, options.source, output, {"ratio": ratio}, calibration=self.data, sequences=sequences, **own)
+        return output
 
 
 def table(rows: dict[str, dict[str, Any]], domains: list[str]) -> str:
     """Perplexity by domain and their geometric mean."""
     names = [*domains, "mean"]
-    lines = [f"{'':28}{'parameters':>12}" + "".join(f"{name:>10}" for name in names)]
+    lines = [f"{'':42}{'parameters':>12}{'tokens':>10}" + "".join(f"{name:>10}" for name in names)]
     for label, row in rows.items():
         for stage in ("before", "after"):
             if stage in row:
                 title = label + (", trained on" if stage == "after" else "")
                 cells = "".join(f"{math.exp(row[stage][name]):>10.2f}" for name in names)
-                lines.append(f"{title:28}{row['parameters']:>12,}{cells}")
+                lines.append(f"{title:42}{row['parameters']:>12,}{row['tokens'][stage]:>10,}{cells}")
     return "\n".join(lines)
 
 
@@ -142,7 +173,7 @@ def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> Non
             for stage, mark in (("before", "o-"), ("after", "x--")):
                 points = [(row["parameters"] / 1e6, math.exp(row[stage][name])) for row in of_kind if stage in row]
                 if points:
-                    label = kind if stage == "before" else None
+                    label = kind if stage == "before" or "before" not in of_kind[0] else None
                     panel.plot(*zip(*points, strict=True), mark, color=f"C{number}", label=label)
         panel.set(title=name, yscale="log", xlabel="parameters, millions", ylabel="perplexity")
     panels.flat[0].legend(fontsize=7)
@@ -152,14 +183,15 @@ def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="Hugging Face directory")
+    parser.add_argument("--source", required=True, type=Path, help="Hugging Face directory")
     parser.add_argument("--data", required=True, help="directory of the data command")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5], help="of block parameters to remove")
-    parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), help="(all)")
+    parser.add_argument("--methods", nargs="+", choices=[*CASES, LEARNED], default=[*CASES, LEARNED], help="(all)")
     parser.add_argument("--samples", type=int, default=128, help="sequences to choose by (%(default)s)")
     parser.add_argument("--eval_batches", type=int, default=28, help="of 8 sequences (%(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="of continued pretraining (%(default)s)")
+    parser.add_argument("--shear_steps", type=int, default=30, help="of learning masks (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=DIR", help="further models to compare")
@@ -169,13 +201,14 @@ def main() -> None:
     torch.manual_seed(0)
     arguments.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
-    paths: dict[str, tuple[str, Path]] = {"source": ("source", Path(arguments.source))}
-    paths |= {label: (label.rpartition(" ")[0], path) for label, (_, path) in make(arguments).items()}
+    paths: dict[str, tuple[str, Path]] = {"source": ("source", arguments.source)} | bench.make()
     paths |= {name: (name, Path(path)) for name, _, path in (item.partition("=") for item in arguments.models)}
     rows: dict[str, dict[str, Any]] = {}
     for label, (method, path) in paths.items():
-        rows[label] = {"method": method, **bench.row(path)}
-        (arguments.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+        for name, row in bench.rows(label, path).items():
+            rows[name] = {"method": method + name.removeprefix(label), **row}
+        record = {"machine": machine(), "settings": vars(arguments), "rows": rows}
+        (arguments.output / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     text = table(rows, bench.domains)
     (arguments.output / "table.txt").write_text(text + "\n")
     plot(rows, bench.domains, arguments.output / "perplexity.png")

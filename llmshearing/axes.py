@@ -149,7 +149,8 @@ class Table:
 
     config_axes: key of the model's config -> (axis, elements per unit of that key), e.g. ``num_attention_heads`` ->
     ("query", head_dim). layers_key: the config's key for the number of layers. attention_axes: the axes of queries and
-    of keys and values; their lengths' ratio is the number of query heads that share a KV head.
+    of keys and values; their lengths' ratio is the number of query heads that share a KV head. of_layer: where layers
+    differ in size, for each the table of a model of layers like it; ``kinds`` and ``axes`` then hold the largest sizes.
     """
 
     family: str
@@ -160,6 +161,11 @@ class Table:
     config_axes: Mapping[str, tuple[str, int]]
     layers_key: str = "num_hidden_layers"
     attention_axes: tuple[str, str] = ("query", "kv")
+    of_layer: tuple[Table, ...] = ()
+
+    def at_layer(self, layer: int | None) -> Table:
+        """The table whose kinds and axes hold for a layer (None: for what is outside the layers)."""
+        return self.of_layer[layer] if self.of_layer and layer is not None else self
 
     def instances(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
         """(tensor name, row, layer or None) of every tensor of the source model."""
@@ -171,20 +177,20 @@ class Table:
     def by_name(self) -> dict[str, tuple[TensorSpec, int | None]]:
         return {name: (spec, layer) for name, spec, layer in self.instances()}
 
-    def tensor_shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        return tuple(self.axes[axis].length for axis in spec.axes)
+    def tensor_shape(self, spec: TensorSpec, layer: int | None = None) -> tuple[int, ...]:
+        axes = self.at_layer(layer).axes
+        return tuple(axes[axis].length for axis in spec.axes)
 
     def count(self, counted_only: bool = False) -> int:
         """Number of parameters; a tied tensor counts once. ``counted_only``: the rows that expected size counts."""
-        total = 0
-        for spec in self.tensors:
-            if spec.alias is None and (spec.counted or not counted_only):
-                size = torch.Size(self.tensor_shape(spec)).numel()
-                total += size * (self.layers if spec.per_layer else 1)
-        return total
+        return sum(
+            math.prod(self.tensor_shape(spec, layer))
+            for _, spec, layer in self.instances()
+            if spec.alias is None and (spec.counted or not counted_only)
+        )
 
     def shape(self) -> dict[str, int]:
-        """The model's shape in its config's own keys."""
+        """The model's shape in its config's own keys; of layers that differ, the largest sizes."""
         shape = {key: self.axes[axis].length // per for key, (axis, per) in self.config_axes.items()}
         return {**shape, self.layers_key: self.layers}
 
@@ -207,7 +213,7 @@ class Table:
         for name, shape in shapes.items():
             if name not in self.by_name:
                 problems.append(f"{name}: has no row in the table of the {self.family} family")
-            elif tuple(shape) != (want := self.tensor_shape(self.by_name[name][0])):
+            elif tuple(shape) != (want := self.tensor_shape(*self.by_name[name])):
                 problems.append(f"{name}: shape {list(shape)}, the table says {list(want)}")
         if problems:
             raise ShearingError("tensors do not match the table:\n  " + "\n  ".join(problems))
@@ -246,13 +252,13 @@ class Table:
 
     def length(self, axis_name: str, layer: int | None, selection: Selection) -> int:
         """Number of elements of an axis that stay in a layer."""
-        axis = self.axes[axis_name]
+        axis = self.at_layer(layer).axes[axis_name]
         units = self._axis_units(axis, layer, selection)
         return axis.length if units is None else len(units.index) * axis.per_unit
 
     def part(self, axis_name: str, layer: int | None, selection: Selection) -> Part:
         """What of an axis stays in a layer."""
-        axis = self.axes[axis_name]
+        axis = self.at_layer(layer).axes[axis_name]
         units = self._axis_units(axis, layer, selection)
         if units is None:
             return WHOLE
@@ -380,8 +386,11 @@ def check_selection(table: Table, selection: Selection) -> None:
         elif len(rows) != (want := 1 if table.kinds[kind].rows is None else table.layers):
             problems.append(f"{kind}: units of {len(rows)} layers, the model needs {want}")
         else:
+            per_layer = table.kinds[kind].rows is not None
             problems += [
-                f"{kind}, row {row}: {say}" for row, u in enumerate(rows) for say in _problems(table.kinds[kind], u)
+                f"{kind}, row {row}: {say}"
+                for row, units in enumerate(rows)
+                for say in _problems(table.at_layer(row if per_layer else None).kinds[kind], units)
             ]
     for block, gate in selection.blocks.items():
         if block not in BLOCKS or gate.shape != (table.layers,):
@@ -422,15 +431,20 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
     Raises:
         ShearingError: kept layers differ in the size of an axis (the layers and sizes are named).
     """
-    kept = selection.kept_layers(table.layers)
-    shape: dict[str, int] = {}
+    sizes = folded_sizes(table, selection)
     problems = []
-    for key, (axis, per) in table.config_axes.items():
-        sizes = [table.length(axis, layer, selection) // per for layer in kept or [0]]
-        if len(set(sizes)) > 1:
-            listed = ", ".join(f"layer {layer}: {size}" for layer, size in zip(kept, sizes, strict=True))
+    for key in table.config_axes:
+        if len({size[key] for size in sizes.values()}) > 1:
+            listed = ", ".join(f"layer {layer}: {size[key]}" for layer, size in sizes.items())
             problems.append(f"{key} differs between layers ({listed})")
-        shape[key] = sizes[0]
     if problems:
         raise ShearingError("a uniform model needs one size for all layers: " + "; ".join(problems))
-    return {**shape, table.layers_key: len(kept)}
+    return {**next(iter(sizes.values())), table.layers_key: len(selection.kept_layers(table.layers))}
+
+
+def folded_sizes(table: Table, selection: Selection) -> dict[int, dict[str, int]]:
+    """Kept layer -> its shape after folding, in the config's keys (of layer 0 where none is kept)."""
+    return {
+        layer: {key: table.length(axis, layer, selection) // per for key, (axis, per) in table.config_axes.items()}
+        for layer in selection.kept_layers(table.layers) or [0]
+    }

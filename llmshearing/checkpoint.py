@@ -1,24 +1,20 @@
-"""Composer checkpoints as plain values: one `.pt` file in, weights, masks and what they are out, and back.
+"""Composer checkpoints as plain values: weights, masks and what they are out of one, and back.
 
     {"state": {"model":     {"model.<name in transformers>": tensor, "masks.<name in L0Masks>": tensor},
                "callbacks": {"CheckpointInfo": {hf_config, masks, run_config, tokenizer, history}}, ...}, ...}
 
-Training writes such files through Composer, the converters through :func:`save_checkpoint`. Everything loads with
-``weights_only=True``; weights are mapped from the file, not read into memory.
+Training writes this through Composer, as one `.pt` file or as a sharded folder; the converters write `.pt` files
+through :func:`save_checkpoint`. Either kind is read by :mod:`llmshearing.storage`: nothing but plain data is unpickled,
+and weights stay on the disk until each is asked for.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
-import pickle
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -27,6 +23,8 @@ from llmshearing.axes import Table
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.storage import Archive, LazyTensor, LazyTensors, lazily, open_archive, write_torch_file
+from llmshearing.storage.archive import is_sharded
 
 LATEST = "latest-rank0.pt"
 WEIGHTS, MASKS, INFO = "model.", "masks.", "CheckpointInfo"
@@ -50,13 +48,16 @@ class CheckpointInfo:
     """What was done to make it, oldest first."""
     generation_config: dict[str, Any] | None = None
     """The source's, where it had one."""
+    evaluation: dict[str, Any] | None = None
+    """``batch``, ``loss`` and ``domains`` (nats per token) of the last evaluation of the model that is in the file, or
+    that its masks fold to; None: there was none."""
 
     @property
     def config(self) -> PretrainedConfig:
         """The model's config as an object of transformers."""
         try:
             return AutoConfig.for_model(**self.hf_config)
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers takes any key, and each may fail in its own way
             raise ShearingError(f"config of the checkpoint cannot be used: {error}") from error
 
     def then(self, done: str, **changes: Any) -> CheckpointInfo:
@@ -64,12 +65,22 @@ class CheckpointInfo:
         return replace(self, history=[*self.history, done], **changes)
 
 
+_OR_NONE = type(None)
+_INFO_TYPES: dict[str, Any] = {
+    "masks": (dict, _OR_NONE),
+    "run_config": (str, _OR_NONE),
+    "tokenizer": (str, _OR_NONE),
+    "history": list,
+    "generation_config": (dict, _OR_NONE),
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """weights: transformers' names -> tensor (mapped from the file); masks: names of L0Masks -> tensor."""
+    """weights: transformers' names -> tensor, each read on access; masks: names of L0Masks -> tensor."""
 
     path: Path
-    weights: dict[str, Tensor]
+    weights: LazyTensors
     masks: dict[str, Tensor]
     info: CheckpointInfo
 
@@ -80,45 +91,63 @@ class Checkpoint:
 
 
 def checkpoint_file(path: Path | str) -> Path:
-    """The file meant by ``path``: itself, or the newest checkpoint of a directory.
+    """The checkpoint meant by ``path``, a file or a sharded folder: itself, or the newest one of a directory.
 
     Raises:
         ShearingError: there is no such file.
     """
     path = Path(path)
-    file = path / LATEST if path.is_dir() else path
-    if not file.is_file():
+    file = path / LATEST if path.is_dir() and not is_sharded(path) else path
+    if not file.is_file() and not is_sharded(file):
         hint = f"the directory has no {LATEST}" if path.is_dir() else "no such file"
         raise ShearingError(f"checkpoint {path}: {hint}")
     return file
 
 
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether something names a checkpoint: a file, a sharded folder, a directory with one, or a name that ends so."""
+    path = Path(path)
+    return path.is_file() or path.suffix == ".pt" or (path / LATEST).exists() or is_sharded(path)
+
+
 def read_checkpoint(path: Path | str, *, foreign: Mapping[str, Any] | None = None, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint and check it against its family's table.
+    """Read a checkpoint and check it against its family's table. Its weights are not read, but when they are used.
 
     Args:
-        path: a `.pt` file, or a directory with `latest-rank0.pt`.
+        path: a `.pt` file, a sharded folder, or a directory with `latest-rank0.pt`, which may be either.
         foreign: config keys to use where the file has no CheckpointInfo (another program wrote it).
-        verify: compare every record with its checksum (one pass over the file).
+        verify: compare all that it holds with its checksums now (one pass over it); what is read is compared anyway.
 
     Raises:
-        ShearingError: missing, damaged, no checkpoint, or its tensors and its config disagree.
+        ShearingError: missing, damaged, no checkpoint, or its tensors and its config disagree. Reading a weight later
+            raises it too, where its checksum is wrong.
     """
     file = checkpoint_file(path)
-    state = _load(file, verify)
-    if not isinstance(state, dict) or not isinstance((state.get("state") or {}).get("model"), dict):
-        raise ShearingError(f"{file} is no Composer checkpoint: it has no ['state']['model']")
-    tensors = {name.removeprefix("module."): value for name, value in state["state"]["model"].items()}
+    archive = open_archive(file)
+    if verify:
+        archive.verify()
+    weights, masks = _tensors(archive)
+    info = _info(file, archive.subtree("state", "callbacks", INFO), foreign or {})
+    table = table_for(info.config, (info.masks or {}).get("head_mode", "group"))
+    masks_in_memory = {name: mask.make() for name, mask in masks.items()}
+    return Checkpoint(file, check_weights(str(file), weights, table), masks_in_memory, info)
+
+
+def _tensors(archive: Archive) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Weights and masks by name."""
+    model = archive.subtree("state", "model")
+    if not isinstance(model, dict):
+        raise ShearingError(f"{archive.path} is no Composer checkpoint: it has no ['state']['model']")
+    tensors = {str(name).removeprefix("module."): value for name, value in model.items()}
     weights = {name[len(WEIGHTS) :]: value for name, value in tensors.items() if name.startswith(WEIGHTS)}
     masks = {name[len(MASKS) :]: value for name, value in tensors.items() if name.startswith(MASKS)}
     unknown = [name for name in tensors if not name.startswith((WEIGHTS, MASKS))]
     if unknown or not weights:
         shown = ", ".join((unknown or ["none"])[:3])
-        raise ShearingError(f"{file}: its model's keys ({shown}, ...) are not {WEIGHTS}<name in transformers>")
-    info = _info(file, (state["state"].get("callbacks") or {}).get(INFO), foreign or {})
-    checkpoint = Checkpoint(file, weights, masks, info)
-    _check_weights(checkpoint)
-    return checkpoint
+        raise ShearingError(f"{archive.path}: its model's keys ({shown}, ...) are not {WEIGHTS}<name in transformers>")
+    if other := [name for name, value in tensors.items() if not isinstance(value, LazyTensor)]:
+        raise ShearingError(f"{archive.path}: {other[0]} is no tensor")
+    return weights, masks
 
 
 def load_masks(checkpoint: Checkpoint) -> L0Masks:
@@ -139,7 +168,9 @@ def load_masks(checkpoint: Checkpoint) -> L0Masks:
         masks.load_state_dict(checkpoint.masks, strict=True)
     except KeyError as error:
         raise ShearingError(f"{checkpoint.path}: CheckpointInfo does not tell {error} of the masks") from error
-    except RuntimeError as error:
+    except ShearingError as error:
+        raise ShearingError(f"{checkpoint.path}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ShearingError(f"{checkpoint.path}: masks do not fit the model: {error}") from error
     bad = [name for name, value in masks.named_parameters() if not value.isfinite().all()]
     if bad:
@@ -152,59 +183,27 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     info: CheckpointInfo,
     masks: Mapping[str, Tensor] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Path:
-    """Write a checkpoint in Composer's layout: under a temporary name, synced, then renamed."""
-    path = Path(path)
-    model = {WEIGHTS + name: _own(value) for name, value in weights.items()}
-    model |= {MASKS + name: _own(value) for name, value in (masks or {}).items()}
+    """Write a checkpoint in Composer's layout: tensor by tensor, under a temporary name, synced, then renamed.
+
+    Args:
+        weights: by name in transformers; of :class:`LazyTensors` one at a time is made.
+        progress: called after each tensor.
+    """
+    model = {WEIGHTS + name: entry for name, entry in lazily(weights).entries.items()}
+    model |= {MASKS + name: entry for name, entry in lazily(masks or {}).entries.items()}
     state = {"state": {"model": model, "callbacks": {INFO: asdict(info)}}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _own(value: Tensor) -> Tensor:
-    """Detached, and without the rest of a larger storage, which torch.save would write too."""
-    value = value.detach()
-    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-
-
-def _load(file: Path, verify: bool) -> Any:
-    try:
-        if verify and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if bad := archive.testzip():
-                    raise ShearingError(f"checkpoint {file} is damaged: checksum of its record {bad} is wrong")
-        with torch.serialization.safe_globals(_plain_types()):
-            return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        if isinstance(error, ShearingError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ShearingError(f"checkpoint {file} is damaged or no checkpoint of torch.save: {reason}") from error
-
-
-def _plain_types() -> list[Any]:
-    """The types beyond torch's own list in Composer's files: RNG and timestamps. None of them runs code."""
-    reconstruct: Any = np.zeros(1).__reduce__()[0]
-    # Its module moved between numpy 1 and 2: files of either load.
-    arrays = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    dtypes = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SUO"]
-    return [*arrays, np.ndarray, np.dtype, *dtypes, datetime.timedelta, torch.torch_version.TorchVersion]
+    return write_torch_file(Path(path), state, progress)
 
 
 def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     if isinstance(told, dict) and isinstance(told.get("hf_config"), dict):
         known = {item.name for item in fields(CheckpointInfo)}
-        return CheckpointInfo(**{key: value for key, value in told.items() if key in known})
+        info = CheckpointInfo(**{key: value for key, value in told.items() if key in known})
+        if wrong := [key for key, kinds in _INFO_TYPES.items() if not isinstance(getattr(info, key), kinds)]:
+            raise ShearingError(f"{file}: {', '.join(wrong)} in its CheckpointInfo is not what it should be")
+        return info
     missing = [key for key in SHAPE_KEYS if key not in foreign]
     if missing:
         raise ShearingError(
@@ -219,19 +218,24 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     return CheckpointInfo(config.to_dict(), history=[f"read {file.name}, which does not tell how it was made"])
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
-    """Names and shapes against the table; tied tensors against the tensor that they are."""
-    weights = checkpoint.weights
-    tied = {name: spec.alias for name, spec, _ in checkpoint.table.instances() if spec.alias}
+def check_weights(where: str, weights: Mapping[str, LazyTensor], table: Table) -> LazyTensors:
+    """Hold names and shapes against the table, tied tensors against the tensor that they are, which is then one.
+
+    Raises:
+        ShearingError: beginning with ``where``, and naming every tensor that does not belong.
+    """
+    weights = dict(weights)
+    tied = {name: spec.alias for name, spec, _ in table.instances() if spec.alias}
     for name, alias in tied.items():
         if alias in weights:
             weights.setdefault(name, weights[alias])
     try:
-        checkpoint.table.check({name: tuple(value.shape) for name, value in weights.items()})
+        table.check({name: value.shape for name, value in weights.items()})
     except ShearingError as error:
-        raise ShearingError(f"{checkpoint.path}: {error}") from error
+        raise ShearingError(f"{where}: {error}") from error
     for name, alias in tied.items():
         one, other = weights[name], weights[alias]
-        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-            raise ShearingError(f"{checkpoint.path}: {name} and {alias} differ, but the config ties them")
+        if one is not other and not torch.equal(one.make(), other.make()):
+            raise ShearingError(f"{where}: {name} and {alias} differ, but the config ties them")
         weights[name] = other
+    return LazyTensors(weights)

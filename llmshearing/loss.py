@@ -3,7 +3,9 @@
     loss_t = logsumexp_v(logits_tv) - logits_t,label        d loss_t / d logits_tv = softmax_tv - [v = label]
 
 Both passes go over the logits [N, V] in chunks of rows: only one chunk at a time is widened to float32. The backward
-pass writes the gradient over the logits, which nobody needs any more. Shapes: B sequences, T tokens, N = B T, V vocabulary.
+pass writes the gradient over the logits, which nobody needs any more.
+
+Shape legend: B sequences, T tokens, N = B T, V vocabulary.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from llmshearing.distributed import mark_units
 from llmshearing.families import table_for
 from llmshearing.gating import attach
 from llmshearing.loss import token_losses
@@ -88,11 +88,7 @@ class ShearingModel(ComposerModel):
         self.table = masks.table if masks is not None else table_for(model.config)
         # Without masks too: the norms are then the leaner ones of gating.py.
         self.gating = attach(model, self.table)
-        # FSDP (GPUs only, not measured yet): a unit per decoder layer; masks stay whole on every rank, and
-        # callbacks.shearing averages their gradients.
-        model.fsdp_wrap_fn = lambda module: isinstance(module, GradientCheckpointingLayer)
-        if masks is not None:
-            masks._fsdp_wrap = False  # type: ignore[assignment]
+        mark_units(model, masks)  # after the modules' classes were swapped: sharding swaps them once more
         self.eval_target_model, self.round_to, self.autocast = eval_target_model, round_to, autocast
         self.eval_losses = {
             "LanguageCrossEntropy": DomainLoss(domains),

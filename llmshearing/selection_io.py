@@ -10,7 +10,6 @@ The header's metadata lists kinds and rows as JSON, and whatever else the caller
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmshearing import durable
 from llmshearing.axes import Selection, Units
 from llmshearing.errors import ShearingError
 
@@ -26,7 +26,7 @@ FORMAT = "llmshearing-selection-1"
 
 
 def save_selection(path: Path | str, selection: Selection, about: Mapping[str, Any] | None = None) -> Path:
-    """Write a selection under a temporary name, then rename. ``about``: anything that JSON can hold."""
+    """Write a selection, whole or not at all. ``about``: anything that JSON can hold."""
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     for kind, rows in selection.units.items():
@@ -40,14 +40,10 @@ def save_selection(path: Path | str, selection: Selection, about: Mapping[str, A
         "kinds": json.dumps({kind: len(rows) for kind, rows in selection.units.items()}),
         "about": json.dumps(dict(about or {})),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A clone each: safetensors refuses tensors that share memory, as the gates of blocks may.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    # A clone each: safetensors refuses tensors that share memory, as the gates of blocks may.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with durable.whole(path) as temporary:
         save_file(copies, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.axes import Table
-from llmshearing.checkpoint import Checkpoint, read_checkpoint
+from llmshearing.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
 from llmshearing.convert.hf import load_hf_model
+from llmshearing.distributed import reads_source
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
+from llmshearing.storage import load_weights
 
 
 @dataclass
@@ -43,7 +46,7 @@ def read_source(cfg: Config) -> Source:
     Raises:
         ShearingError: the source cannot be found or read, or the target does not fit it.
     """
-    checkpoint = read_checkpoint(cfg.model.path) if _is_checkpoint(cfg.model.path) else None
+    checkpoint = read_checkpoint(cfg.model.path) if is_checkpoint(cfg.model.path) else None
     if checkpoint is not None and checkpoint.masks:
         raise ShearingError(
             f"model.path: {cfg.model.path} is a pruning run's checkpoint with masks. To go on with that run use "
@@ -59,10 +62,6 @@ def read_source(cfg: Config) -> Source:
     if (wanted := target_shape(cfg, shape)) is not None:
         target = {key: value for key, value in asdict(wanted).items() if key != "head_dim"}
     return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint)
-
-
-def _is_checkpoint(path: str) -> bool:
-    return path.endswith(".pt") or Path(path).is_file()
 
 
 def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
@@ -105,13 +104,19 @@ def _shape_of(config: PretrainedConfig) -> Shape:
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     """The transformers model with float32 weights, every tensor found and none left over.
 
+    Under FSDP only the first rank reads them (:func:`~llmshearing.distributed.reads_source`); the others' parameters
+    are on the meta device until Composer hands them their shards.
+
     Raises:
         ShearingError: weights are missing, unexpected or of another shape.
     """
     attention = cfg.model.attn_implementation or "sdpa"
-    if source.checkpoint is not None:
+    if not reads_source(cfg):
+        with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
+            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    elif source.checkpoint is not None:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
-        model.load_state_dict(source.checkpoint.weights, strict=True)
+        load_weights(model, source.checkpoint.weights)
     else:
         model = load_hf_model(cfg.model.path, torch.float32)
     model.set_attn_implementation(_causal(attention, source.config))

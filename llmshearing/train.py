@@ -18,22 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer, algorithms, callbacks, loggers, optim
+from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist, get_device
+from composer.utils import dist, format_name_with_dist
 
 from llmshearing.callbacks.checkpoint_info import CheckpointInfo
 from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.callbacks.gradients import Gradients
 from llmshearing.callbacks.losses import LossMonitor
 from llmshearing.callbacks.pruning import PruningCallback
 from llmshearing.callbacks.shearing import Shearing
+from llmshearing.callbacks.stop import StopOnSignal
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
-from llmshearing.errors import ShearingError
+from llmshearing.distributed import fsdp2
+from llmshearing.errors import ShearingError, Stopped
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.model import ShearingModel
 from llmshearing.optimizer import FusedDecoupledAdamW
+from llmshearing.resume import check_load_path, plain_data_only, prepare
+from llmshearing.safety import build_safety, restore_random
+from llmshearing.signals import StopRequest, stop_request
 from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
+from llmshearing.watch import Watch, meet, watching
 
 log = logging.getLogger("llmshearing.train")
 
@@ -92,10 +99,10 @@ def build_scheduler(cfg: Config) -> Any:
 
 
 def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
-    """Gradient clipping and the masks' driver."""
-    chosen: list[Algorithm] = []
-    if (clip := cfg.algorithms.gradient_clipping) is not None:
-        chosen.append(algorithms.GradientClipping(clip.clipping_type, clip.clipping_threshold))
+    """The gradients' averaging and clipping, and the masks' driver."""
+    clip = cfg.algorithms.gradient_clipping
+    clipping = (clip.clipping_type, clip.clipping_threshold) if clip is not None else ()
+    chosen: list[Algorithm] = [Gradients(masks, *clipping)]
     if masks is not None and cfg.model.l0_module is not None:
         constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
         chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
@@ -106,11 +113,11 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
     """Ours, then Composer's monitors."""
     d = cfg.callbacks.data_loading
     folder = Path(cfg.save_folder) if cfg.save_folder else None
-    ours: list[Callback] = [CheckpointInfo(info)]
-    ours.append(LossMonitor(d.set_names or [], folder / "evaluations.jsonl" if folder else None))
-    if masks is not None and cfg.model.l0_module is not None:
-        to_target = cfg.model.l0_module.eval_target_model
-        ours.append(PruningCallback(masks, to_target, folder / "gates" if folder else None))
+    l0, names = cfg.model.l0_module, d.set_names or []
+    ours: list[Callback] = [CheckpointInfo(info, names, comparable=l0 is None or l0.eval_target_model)]
+    ours.append(LossMonitor(names, folder / "evaluations.jsonl" if folder else None))
+    if masks is not None and l0 is not None:
+        ours.append(PruningCallback(masks, l0.eval_target_model, folder / "gates" if folder else None))
     ours.append(
         DynamicLoadingCallback(
             dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
@@ -156,6 +163,7 @@ def run_info(
             f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
         ],
         "generation_config": before.generation_config if before is not None else generation_config,
+        "evaluation": before.evaluation if before is not None and masks is None else None,
     }
 
 
@@ -193,17 +201,17 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
 def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     """Options that Composer's Trainer takes as they are."""
     passed = (
-        "max_duration", "eval_interval", "run_name", "progress_bar", "log_to_console", "console_log_interval",
-        "load_path", "load_weights_only", "save_folder", "save_filename", "save_latest_filename", "save_overwrite",
-        "save_interval", "save_num_checkpoints_to_keep", "autoresume", "dist_timeout", "seed", "python_log_level",
+        "max_duration", "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "load_path",
+        "load_weights_only", "save_folder", "save_latest_filename", "autoresume", "dist_timeout", "seed",
+        "python_log_level",
     )  # fmt: skip
     options = {name: getattr(cfg, name) for name in passed}
+    # Composer finds what to go on from by this name, so that it must be the same each time
+    options["run_name"] = cfg.run_name or (Path(cfg.save_folder).name if cfg.autoresume and cfg.save_folder else None)
     options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
     options["precision"] = "fp32" if device == "cpu" else cfg.precision
-    if cfg.fsdp_config is not None and device == "cpu":
-        log.warning("fsdp_config: ignored on a CPU; ranks are replicas (DDP)")
-    elif cfg.fsdp_config is not None:
-        options["parallelism_config"] = {"fsdp": dict(cfg.fsdp_config)}
+    if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
+        options["parallelism_config"] = {"fsdp": sharding}
     return options
 
 
@@ -217,8 +225,10 @@ def check_files(cfg: Config) -> None:
         return
     if cfg.load_path is not None:
         path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
-        if "://" not in cfg.load_path and not path.is_file():
-            raise ShearingError(f"load_path = {path}: no such file; give an earlier run's checkpoint, or leave it out")
+        if "://" not in cfg.load_path:
+            if not path.exists():
+                raise ShearingError(f"load_path = {path}: no such file; give a run's checkpoint, or leave it out")
+            check_load_path(cfg, path)
     elif cfg.save_folder is not None and not cfg.save_overwrite:
         names = sorted(path.name for path in Path(cfg.save_folder).glob(re.sub(r"{[^}]*}", "*", cfg.save_filename)))
         if names:
@@ -228,9 +238,12 @@ def check_files(cfg: Config) -> None:
             )
 
 
-def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
-    """Everything of a run, ready to fit."""
+def build_trainer(
+    cfg: Config, source: Source, device: str, request: StopRequest | None = None, watch: Watch | None = None
+) -> Trainer:
+    """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made."""
     masks = build_masks(source, cfg)
+    prepare(cfg, source, masks)
     train, evaluation = build_data(cfg, source)
     l0 = cfg.model.l0_module
     hf_model = load_model(source, cfg)
@@ -244,18 +257,21 @@ def build_trainer(cfg: Config, source: Source, device: str) -> Trainer:
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
-    return Trainer(
-        model=model,
-        train_dataloader=train,
-        eval_dataloader=evaluation,
-        optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
-        schedulers=build_scheduler(cfg),
-        algorithms=build_algorithms(masks, cfg),
-        callbacks=build_callbacks(cfg, masks, train.dataloader.dataset, info),
-        loggers=build_loggers(cfg),
-        device=device,
-        **trainer_options(cfg, device),
-    )
+    dataset = train.dataloader.dataset
+    safety = build_safety(cfg, dataset, info, source.config.vocab_size, request or StopRequest(), watch)
+    with plain_data_only(cfg.trust_checkpoint):
+        return Trainer(
+            model=model,
+            train_dataloader=train,
+            eval_dataloader=evaluation,
+            optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
+            schedulers=build_scheduler(cfg),
+            algorithms=build_algorithms(masks, cfg),
+            callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],
+            loggers=build_loggers(cfg),
+            device=device,
+            **trainer_options(cfg, device),
+        )
 
 
 def save_resolved(cfg: Config) -> None:
@@ -273,23 +289,45 @@ def train(cfg: Config) -> Trainer:
     """Run a configuration to its end; returns Composer's trainer.
 
     Raises:
-        ShearingError: the source, the data or their combination with the configuration is wrong.
+        ShearingError: the source, the data or their combination with the configuration is wrong, or training is.
+        Stopped: SIGTERM or SIGUSR1 came; the state is saved. RankLost: another rank died or stalled.
     """
-    check_files(cfg)
-    source = read_source(cfg)
-    device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
-    dist.initialize_dist(get_device(device), timeout=cfg.dist_timeout)
-    log.info("%s", describe(source))
-    trainer = build_trainer(cfg, source, device)
-    save_resolved(cfg)
-    if cfg.eval_first and trainer.state.timestamp.batch.value == 0:
+    with stop_request() as request:
+        check_files(cfg)
+        source = read_source(cfg)
+        device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
+        meet(device, cfg.dist_timeout)
+        log.info("%s", describe(source))
+        with watching(cfg.dist_timeout) as watch:
+            trainer = build_trainer(cfg, source, device, request, watch)
+            save_resolved(cfg)
+            try:
+                fit(trainer, cfg)
+            except Stopped:
+                trainer.engine.close()
+                raise
+            if watch is not None:
+                watch.stop()
+            trainer.close()
+        return trainer
+
+
+def fit(trainer: Trainer, cfg: Config) -> None:
+    """Train from where the trainer stands to the end, evaluating first where that is due."""
+    now, end = trainer.state.timestamp, trainer.state.max_duration
+    begun = now.batch.value
+    if begun:
+        log.info("going on from batch %d of %s, from %s", begun, cfg.max_duration, trainer.state.load_path)
+    if end is not None and now.get(end.unit) >= end:
+        log.info("the run in %s has ended already: nothing to do", cfg.save_folder)
+        return
+    interrupted = any(isinstance(each, StopOnSignal) and each.evaluate for each in trainer.state.callbacks)
+    if interrupted or (cfg.eval_first and not begun):
         trainer.eval()
+    restore_random(trainer)
     trainer.fit()
-    batches = trainer.state.timestamp.batch.value
     wrote = f"wrote {_latest(cfg)}" if cfg.save_folder else "no save_folder: nothing written"
-    log.info("trained %d batches; %s", batches, wrote)
-    trainer.close()
-    return trainer
+    log.info("trained %d batches; %s", trainer.state.timestamp.batch.value - begun, wrote)
 
 
 def _latest(cfg: Config) -> Path:
@@ -319,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             train(cfg)
     except ShearingError as error:
         log.error("%s", error)
-        return 1
+        return error.exit_code
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from helpers_oracle import random_model, tiny_config
-from transformers import AutoModelForCausalLM, MixtralConfig, OPTConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 from llmshearing.pruners import Calibration
 
@@ -33,6 +33,10 @@ def config_of(family, **changes):
     if family == "qwen2":
         # The upper layers slide, so that the layers' kinds have to follow the layers that stay.
         return Qwen2Config(**{"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, **sizes})
+    if family == "qwen3":
+        return Qwen3Config(**{"head_dim": 6, **sizes})
+    if family == "mistral":
+        return MistralConfig(**{"sliding_window": 5, **sizes})
     if family == "mixtral":
         return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
     del sizes["intermediate_size"], sizes["num_key_value_heads"]

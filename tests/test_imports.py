@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors", "gather", "norm", "optimizer"},
-    {"config", "axes", "loss"},
+    {"errors", "gather", "norm", "optimizer", "durable"},
+    {"nonuniform"},
+    {"config", "axes", "loss", "storage", "signals", "watch"},
     {"families", "masks"},
-    {"gating", "selection_io", "data"},
+    {"gating", "selection_io", "data", "distributed"},
     {"model", "pruners"},
     {"checkpoint"},
     {"callbacks", "convert"},
-    {"source", "evaluation", "prune"},
+    {"source", "evaluation", "prune", "safety"},
+    {"resume"},
     {"train"},
     {"utils"},
 ]

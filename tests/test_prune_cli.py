@@ -34,6 +34,7 @@ TARGETS = {
     "depth": {"num_hidden_layers": 2},
 }
 SEQUENCES = SequenceOptions(samples=4, report_samples=3, max_seq_len=12, batch_size=2)
+IDS = calibration_of().select
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def load(path, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("method", [name for name in TARGETS if name in METHODS])
 def test_the_directory_is_the_gated_model(method, family, variant, source, text, tmp_path):
     path = source(family, **variant)
@@ -119,14 +120,64 @@ def test_methods_chain_and_selections_replay_bit_by_bit(source, tmp_path):
     assert written.keys() == replayed.keys() and all(torch.equal(written[k], replayed[k]) for k in written)
 
 
-def test_unequal_layers_are_refused_or_padded(source, text, tmp_path):
+def test_layers_of_unequal_sizes_are_saved_as_such_or_padded(source, text, tmp_path):
     settings = {"calibration": text, "sequences": SEQUENCES, "ratios": "log_increase"}
-    with pytest.raises(ShearingError, match="intermediate_size differs between layers.*--pad"):
-        prune("obs", source("llama"), tmp_path / "out", {"intermediate_size": 5}, **settings)
-    assert not os.listdir(tmp_path)
-    out = prune("obs", source("llama"), tmp_path / "out", {"intermediate_size": 5}, pad=True, **settings)
-    weight = load(out.path).model.layers[0].mlp.down_proj.weight
-    assert 5 <= weight.shape[1] <= 10
+    out, padded = (
+        prune("obs", source("llama"), tmp_path / name, {"intermediate_size": 5}, pad=name == "padded", **settings)
+        for name in ("out", "padded")
+    )
+    small, wide = load(out.path), load(padded.path)
+    sizes = [layer.mlp.down_proj.in_features for layer in small.model.layers]
+    assert sum(sizes) == 4 * 5 and sizes[0] > sizes[-1]  # the mean is the one asked for
+    assert wide.config.model_type == "llama" and wide.config.intermediate_size == max(sizes)
+    assert torch.allclose(log_probabilities(small, IDS), log_probabilities(wide, IDS), atol=1e-5)
+    assert out.after.parameters == sum(p.numel() for p in small.parameters()) < padded.after.parameters
+    assert out.after.perplexity == pytest.approx(padded.after.perplexity)
+    assert out.after.flops_per_token < padded.after.flops_per_token
+    assert "import llmshearing" in (out.path / "README.md").read_text()
+
+
+CHAIN = {  # method -> what it makes of layers whose intermediate sizes and KV groups differ
+    "random": {"ratio": 0.3},
+    "activation": {"hidden_size": 8, "intermediate_size": [4, 2, 4, 1], "num_hidden_layers": 3},
+    "obs": {"intermediate_size": 2},
+    "depth": {"num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("method", CHAIN)
+def test_methods_chain_through_layers_of_unequal_sizes(method, family, source, text, tmp_path):
+    unequal = {"intermediate_size": [9, 7, 4, 2], "num_key_value_heads": [2, 1, 2, 1]}
+    first = prune("random", source(family, num_key_value_heads=2), tmp_path / "a", unequal)
+    before = load(first.path)
+    assert [layer.self_attn.q_proj.out_features // 4 for layer in before.model.layers] == [4, 2, 4, 2]
+    second = prune(method, first.path, tmp_path / "b", CHAIN[method], calibration=text, sequences=SEQUENCES)
+    small, gated, table = load(second.path), load(first.path), table_for(before.config)
+    if method == "obs":
+        calibration = read_calibration(text, first.path, 23, 32, SEQUENCES)
+        target = {**table.shape(), **unequal, "num_attention_heads": [4, 2, 4, 2], **CHAIN[method]}
+        METHODS[method].choose(gated, table, target, calibration)
+        for parameter in gated.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    attach(gated, table).set(load_selection(second.path / "selection.safetensors")[0])
+    assert (log_probabilities(gated, IDS) - log_probabilities(small, IDS)).abs().max() < 2e-4
+    if method == "obs":  # all layers agree again in what was cut, and differ still in the rest
+        assert set(small.config.layer_sizes) == {"num_attention_heads", "num_key_value_heads"}
+    if method == "random":
+        for old, new in zip(before.model.layers, small.model.layers, strict=True):
+            counts = [sum(p.numel() for n, p in x.named_parameters() if "norm" not in n) for x in (old, new)]
+            width, most = new.mlp.down_proj.in_features, old.mlp.down_proj.in_features
+            assert abs(counts[1] - 0.7 * counts[0]) <= 3 * before.config.hidden_size / 2 or width in (1, most)
+
+
+def test_layers_that_agree_again_are_a_plain_model(source, tmp_path):
+    first = prune("random", source("llama"), tmp_path / "a", {"intermediate_size": [9, 7, 7, 9]})
+    assert load(first.path).config.model_type == "nonuniform_llama"
+    second = prune("depth", first.path, tmp_path / "b", {"drop_layers": [0, 3]})
+    config = load(second.path).config
+    assert (config.model_type, config.intermediate_size) == ("llama", 7) and not hasattr(config, "layer_sizes")
+    assert config.architectures == ["LlamaForCausalLM"]
 
 
 def test_mistral_keeps_its_sliding_window(source, tmp_path):

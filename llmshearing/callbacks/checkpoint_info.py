@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer.core import Callback
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from llmshearing.callbacks.losses import evaluation_record
 
 
 class CheckpointInfo(Callback):
     """Rides in the checkpoint as the state of a callback: plain data that loads with ``weights_only=True``.
 
     Args:
-        info: ``hf_config``, ``masks``, ``run_config``, ``tokenizer`` and ``history`` (:mod:`llmshearing.checkpoint`).
+        info: the fields of :class:`llmshearing.checkpoint.CheckpointInfo`; ``evaluation`` is kept up to date.
+        set_names: domains of the evaluations. comparable: evaluations are of the model that the checkpoint holds or
+            folds to (not of one as large as the masks are just then).
     """
 
-    def __init__(self, info: dict[str, Any]) -> None:
-        self.info = info
+    def __init__(self, info: dict[str, Any], set_names: list[str], comparable: bool = True) -> None:
+        self.info, self.set_names, self.comparable = info, list(set_names), comparable
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Note the evaluation."""
+        if self.comparable:
+            self.info["evaluation"] = evaluation_record(state, self.set_names)
 
     def state_dict(self) -> dict[str, Any]:
         """The information."""
         return dict(self.info)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: the running configuration holds."""
+        """The evaluation; for the rest the running configuration holds."""
+        self.info["evaluation"] = state.get("evaluation")

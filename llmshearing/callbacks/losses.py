@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,28 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from llmshearing import durable
 from llmshearing.model import DomainLoss
+
+log = logging.getLogger(__name__)
 
 
 def evaluated_losses(state: State) -> list[float]:
     """Each domain's loss in the evaluation that has just ended, over all ranks; NaN without a sample."""
     metric = state.eval_metrics[state.dataloader_label or "eval"]["LanguageCrossEntropy"]
     return metric.by_domain.tolist() if metric.by_domain is not None else []
+
+
+def named(set_names: list[str], losses: list[float]) -> dict[str, float]:
+    """Loss by domain, without those that have none."""
+    return {name: loss for name, loss in zip(set_names, losses, strict=True) if not math.isnan(loss)}
+
+
+def evaluation_record(state: State, set_names: list[str]) -> dict[str, Any]:
+    """The evaluation that has just ended: ``batch``, ``tokens``, ``loss`` and ``domains``, nats per token."""
+    mean = state.eval_metrics[state.dataloader_label or "eval"]["LanguageCrossEntropy"].compute().item()
+    now = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
+    return {**now, "loss": mean, "domains": named(set_names, evaluated_losses(state))}
 
 
 class LossMonitor(Callback):
@@ -58,27 +73,31 @@ class LossMonitor(Callback):
         }
         if penalty:
             metrics["loss/train/lagrangian"] = others.pop(0)
-        logger.log_metrics(metrics | self._named(others, "loss/train/{}"))
+        metrics |= {f"loss/train/{name}": loss for name, loss in named(self.set_names, others).items()}
+        logger.log_metrics(metrics)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop the evaluations of work that was lost before a resume."""
+        if self.record is not None and self.record.is_file() and dist.get_global_rank() == 0:
+            self._write(self._lines(before=state.timestamp.batch.value + 1))
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Log and record the evaluation."""
-        losses = evaluated_losses(state)
-        logger.log_metrics(self._named(losses, "metrics/eval/{}_LanguageCrossEntropy"))
+        losses = named(self.set_names, evaluated_losses(state))
+        logger.log_metrics({f"metrics/eval/{name}_LanguageCrossEntropy": loss for name, loss in losses.items()})
+        line = evaluation_record(state, self.set_names)  # on all ranks: they compute it together
         if self.record is not None and dist.get_global_rank() == 0:
-            mean = state.eval_metrics[state.dataloader_label or "eval"]["LanguageCrossEntropy"].compute().item()
-            line: dict[str, Any] = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
-            self._write(line | {"loss": mean, "domains": self._named(losses, "{}")})
+            self._write([*self._lines(before=line["batch"]), json.dumps(line)])
 
-    def _write(self, line: dict[str, Any]) -> None:
-        """Add a line; those of this batch or later are of work that was lost before a resume."""
+    def _lines(self, before: int) -> list[str]:
+        """The recorded evaluations of earlier batches."""
         record = self.record or Path()
         lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-        kept = [old for old in lines if json.loads(old)["batch"] < line["batch"]]
-        record.parent.mkdir(parents=True, exist_ok=True)
-        temporary = record.with_name(record.name + ".tmp")
-        temporary.write_text("\n".join([*kept, json.dumps(line)]) + "\n", encoding="utf-8")
-        os.replace(temporary, record)
+        return [line for line in lines if json.loads(line)["batch"] < before]
 
-    def _named(self, losses: list[float], pattern: str) -> dict[str, float]:
-        pairs = zip(self.set_names, losses, strict=True)
-        return {pattern.format(name): loss for name, loss in pairs if not math.isnan(loss)}
+    def _write(self, lines: list[str]) -> None:
+        try:
+            with durable.whole(self.record or Path()) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        except OSError as error:  # a full disk must not end training
+            log.error("%s was not written: %s", self.record, error)

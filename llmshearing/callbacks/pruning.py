@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from llmshearing import durable
 from llmshearing.masks.l0 import L0Masks
+
+log = logging.getLogger(__name__)
 
 
 def mask_metrics(masks: L0Masks) -> dict[str, float]:
@@ -40,10 +44,8 @@ def save_gates(masks: L0Masks, to_target: bool, path: Path) -> None:
     """Write deterministic gates and log alphas (``gate.<kind>``, ``log_alpha.<kind>``); temporary name, then rename."""
     tensors = {f"gate.{kind}": gate.cpu() for kind, gate in masks.deterministic(to_target).items()}
     tensors |= {f"log_alpha.{kind}": a.detach().cpu().contiguous() for kind, a in masks.log_alpha.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with durable.whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 class PruningCallback(Callback):
@@ -65,5 +67,8 @@ class PruningCallback(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         """Save."""
         if self.folder is not None and dist.get_global_rank() == 0:
-            step = state.timestamp.batch.value
-            save_gates(self.masks, self.to_target, self.folder / f"gates-ba{step}.safetensors")
+            path = self.folder / f"gates-ba{state.timestamp.batch.value}.safetensors"
+            try:
+                save_gates(self.masks, self.to_target, path)
+            except (OSError, SafetensorError) as error:  # a full disk must not end training
+                log.error("%s was not written: %s", path, error)

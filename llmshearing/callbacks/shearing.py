@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist
 
 from llmshearing.masks.l0 import L0Masks
 
@@ -28,14 +27,6 @@ def warmup_progress(state: State, warmup: Time) -> float:
     return elapsed(state, warmup.unit) / warmup.value if warmup.value else 1.0
 
 
-def average_gradients(masks: L0Masks) -> None:
-    """Mean of the masks' gradients over ranks: FSDP leaves the masks whole and outside of its own reduction."""
-    for parameter in masks.parameters():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad, reduce_operation="SUM")
-            parameter.grad /= dist.get_world_size()
-
-
 class Shearing(Algorithm):
     """Sets the masks' step and progress before a batch and projects log alpha after it.
 
@@ -48,16 +39,13 @@ class Shearing(Algorithm):
         self.masks, self.warmup, self.constant_lr = masks, Time.from_timestring(warmup), constant_lr
 
     def match(self, event: Event, state: State) -> bool:
-        """Batch start and end; under FSDP also between backward and the optimizer's step."""
-        return event in (Event.BATCH_START, Event.BATCH_END, Event.AFTER_TRAIN_BATCH)
+        """Batch start and end."""
+        return event in (Event.BATCH_START, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """See the class."""
         if event == Event.BATCH_END:
             self.masks.project()
-        elif event == Event.AFTER_TRAIN_BATCH:
-            if state.fsdp_enabled:
-                average_gradients(self.masks)
         else:
             self._start(state)
 

@@ -120,7 +120,7 @@ def _get(cfg: Config, key: str) -> object:
 # -- training --------------------------------------------------------------------------------------------------
 
 
-@reads("global_train_batch_size", "device_train_microbatch_size", "device")
+@reads("global_train_batch_size", "device_train_microbatch_size", "device", "fsdp_config")
 def check_batch(cfg: Config) -> Iterator[str]:
     """The global batch splits over ranks and microbatches."""
     batch, micro = cfg.global_train_batch_size, cfg.device_train_microbatch_size
@@ -132,6 +132,8 @@ def check_batch(cfg: Config) -> Iterator[str]:
         yield f"global_train_batch_size = {batch} is not divisible by device_train_microbatch_size = {micro}"
     if micro == "auto" and cfg.device == "cpu":
         yield "device_train_microbatch_size = auto: it measures GPU memory; give a number on the CPU"
+    elif micro == "auto" and cfg.fsdp_config is not None:
+        yield "device_train_microbatch_size = auto with fsdp_config: FSDP 2 cannot measure it; give a number"
 
 
 @reads("max_duration", "scheduler", "model.l0_module", "global_train_batch_size", "max_seq_len")
@@ -167,12 +169,45 @@ def check_duration(cfg: Config) -> Iterator[str]:
         yield f"max_duration = {cfg.max_duration}: a time in ba, ep, sp, tok, iter or sec"
 
 
-@reads("autoresume", "save_folder", "run_name")
-def check_autoresume(cfg: Config) -> Iterator[str]:
-    """Resuming finds its checkpoints by folder and name."""
-    for key in ("save_folder", "run_name"):
-        if cfg.autoresume and not getattr(cfg, key):
-            yield f"missing key {key}: autoresume = true finds its checkpoints by save_folder and run_name"
+@reads("autoresume", "save_folder", "run_name", "save_filename", "save_latest_filename", "record_samples")
+def check_saving(cfg: Config) -> Iterator[str]:
+    """Checkpoints are found again by folder and name, and names lead nowhere else."""
+    for key in ("autoresume", "record_samples"):
+        if getattr(cfg, key) and not cfg.save_folder:
+            yield f"missing key save_folder: {key} = true needs it"
+    folder = cfg.save_folder or ""
+    if "://" in folder or "{" in folder:
+        yield f"save_folder = {folder}: must be a local directory, written out (${{run_name}} stands for that key)"
+    for key in ("run_name", "save_filename", "save_latest_filename"):
+        name = getattr(cfg, key)
+        if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+            yield f"{key} = {name}: must be a name without /, all files are written to save_folder"
+    if "{batch}" not in cfg.save_filename or not cfg.save_filename.endswith(".pt"):
+        yield f"save_filename = {cfg.save_filename}: must have {{batch}} in it and end with .pt"
+
+
+@reads("fsdp_config", "model.activation_checkpointing", "precision")
+def check_fsdp(cfg: Config) -> Iterator[str]:
+    """Legacy keys say the same as the present ones; what FSDP 2 cannot do is not asked for."""
+    fsdp, prefix = cfg.fsdp_config, "fsdp_config"
+    if fsdp is None:
+        return
+    if fsdp.activation_cpu_offload:
+        yield f"{prefix}.activation_cpu_offload = true: must be false; model.activation_checkpointing saves more memory"
+    if cfg.precision == "amp_fp16":
+        yield "precision = amp_fp16 with fsdp_config: the loss scale of ranks could part; take amp_bf16, or replicas"
+    if fsdp.sharding_strategy == "SHARD_GRAD_OP" and fsdp.reshard_after_forward:
+        yield (
+            f"{prefix}.reshard_after_forward = true, but sharding_strategy = SHARD_GRAD_OP means false: leave one out"
+        )
+    asked = fsdp.activation_checkpointing
+    if asked is not None and asked != cfg.model.activation_checkpointing:
+        yield (
+            f"{prefix}.activation_checkpointing = {str(asked).lower()}, but model.activation_checkpointing = "
+            f"{str(cfg.model.activation_checkpointing).lower()}: leave the first out"
+        )
+    if fsdp.load_monolith_rank0_only and fsdp.state_dict_type == "sharded":
+        yield f"{prefix}.load_monolith_rank0_only = true with state_dict_type = sharded: it is about full checkpoints"
 
 
 # -- model and masks -------------------------------------------------------------------------------------------

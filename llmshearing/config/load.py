@@ -43,6 +43,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     cfg = reader.build(reader.tree, Config, "")
     if "model" not in reader.reported and cfg.model.attn_implementation is None:
         cfg.model.attn_implementation = ATTENTION.get(cfg.model.attn_impl or "torch")
+    if "model" not in reader.reported and cfg.model.activation_checkpointing is None:
+        cfg.model.activation_checkpointing = bool(cfg.fsdp_config and cfg.fsdp_config.activation_checkpointing)
     problems += cross_problems(cfg, reader.reported)
     if problems:
         raise ConfigError(path, problems)

@@ -81,8 +81,9 @@ class Model:
     """Hugging Face directory or name, or a `.pt` written by the converters."""
     name: str | None = None
     """Legacy label such as mosaic_llama2_7b; ignored."""
-    init_device: str = choice("cpu", "cpu", "meta", "mixed")
-    """Where weights are created before loading."""
+    init_device: str = choice("mixed", "cpu", "meta", "mixed")
+    """Which ranks read the source under fsdp_config. mixed (meta is the same): the first rank, which hands the others
+    their shards, so that one copy is in memory; cpu: every rank. Replicas always read it each."""
     tokenizer_name: str | None = II("tokenizer_name")
     """Tokenizer to save beside the model."""
     d_model: int | None = count(None)
@@ -119,8 +120,8 @@ class Model:
     """Legacy: flash means attn_implementation flash_attention_2; torch and triton mean sdpa."""
     attn_implementation: str | None = choice(None, "sdpa", "flash_attention_2", "eager")
     """Attention of transformers; filled in from attn_impl, else sdpa."""
-    activation_checkpointing: bool = False
-    """Recompute layers in the backward pass to save memory."""
+    activation_checkpointing: bool | None = None
+    """Recompute layers in the backward pass to save memory; null: as fsdp_config.activation_checkpointing, or false."""
     l0_module: L0Module | None = None
     """Masks to train; null in continued pretraining."""
 
@@ -276,6 +277,42 @@ class Loggers:
 
 
 @dataclass
+class Fsdp:
+    """FSDP 2: every rank holds a part of the weights, gradients and optimizer state; the masks stay whole."""
+
+    reshard_after_forward: bool | None = None
+    """Give a layer's weights up after its forward pass (true; least memory) or keep them for the backward pass (false:
+    less communication). null: as sharding_strategy says."""
+    sharding_strategy: str = choice("FULL_SHARD", "FULL_SHARD", "SHARD_GRAD_OP")
+    """FSDP 1's name for the same: FULL_SHARD reshards after the forward pass, SHARD_GRAD_OP does not."""
+    mixed_precision: str = choice("DEFAULT", "DEFAULT", "PURE", "FULL")
+    """DEFAULT: weights gathered in `precision`, gradients reduced in float32; PURE: both in `precision`; FULL: in the
+    weights' own dtype. Masks stay float32 always."""
+    state_dict_type: str = choice("full", "full", "sharded")
+    """full: one file, which any layout loads; sharded: a directory to which every rank writes its part
+    (torch.distributed.checkpoint), for any number of ranks with fsdp_config."""
+    load_monolith_rank0_only: bool = False
+    """Read a full checkpoint on the first rank alone and hand the others their shards: one copy in memory, not one a
+    rank."""
+    activation_checkpointing: bool | None = None
+    """The predecessor's place for model.activation_checkpointing, which it sets."""
+    activation_cpu_offload: bool = False
+    """Legacy; only false."""
+    verbose: bool = False
+    """Log how the model was sharded."""
+    backward_prefetch: str | None = None
+    """Legacy (FSDP 1); ignored, as are the next four: FSDP 2 has one way."""
+    forward_prefetch: bool | None = None
+    """Legacy; ignored."""
+    limit_all_gathers: bool | None = None
+    """Legacy; ignored."""
+    sync_module_states: bool | None = None
+    """Legacy; ignored, see model.init_device."""
+    use_orig_params: bool | None = None
+    """Legacy; ignored."""
+
+
+@dataclass
 class Config:
     """A run of `train.py`."""
 
@@ -327,8 +364,8 @@ class Config:
     """Null: a GPU where there is one."""
     dist_timeout: float = number(600.0, low=0, above=True)
     """Seconds that a rank waits for the others."""
-    fsdp_config: FREE_MAPPING | None = None
-    """Composer's FSDP settings; null: replicas (DDP)."""
+    fsdp_config: Fsdp | None = None
+    """Shard the model over the ranks (FSDP 2, on GPUs and on the CPU); null: replicas (DDP). docs/distributed.md."""
     progress_bar: bool = True
     """Show Composer's progress bar."""
     log_to_console: bool = False
@@ -342,7 +379,7 @@ class Config:
     loggers: Loggers = field(default_factory=Loggers)
     """Where metrics go."""
     save_folder: str | None = None
-    """Directory of checkpoints and of the resolved configuration; null saves nothing."""
+    """Local directory of checkpoints and of the resolved configuration; null saves nothing."""
     save_interval: str = time("1000ba", positive=True)
     """Time between checkpoints; the end of the run is always saved."""
     save_overwrite: bool = False
@@ -355,7 +392,13 @@ class Config:
     """Name of the link to the newest checkpoint."""
     load_path: str | None = None
     """Checkpoint to start from."""
+    trust_checkpoint: bool = False
+    """Load a load_path from outside save_folder even where that could run code hidden in it (a pickle)."""
     load_weights_only: bool = False
     """Take only the weights of load_path, not the optimizer's state and the clock."""
     autoresume: bool = False
-    """Continue from save_folder's newest checkpoint; needs save_folder and run_name."""
+    """Continue from save_folder's newest whole checkpoint, where there is one; needs save_folder."""
+    first_batch_tolerance: float | None = number(1.0, low=0)
+    """Stop where the first batch's loss is this much (nats) above the one recorded with the weights; null: never."""
+    record_samples: bool = False
+    """Write the ids of the samples that each batch was trained on to save_folder/samples-rank<rank>.jsonl."""

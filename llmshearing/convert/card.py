@@ -9,6 +9,7 @@ import yaml
 
 from llmshearing.checkpoint import CheckpointInfo
 from llmshearing.families import table_for
+from llmshearing.nonuniform.config import SIZES
 
 HEADER = """---
 library_name: transformers
@@ -20,7 +21,7 @@ tags:
 # {name}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{register}from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (of.from_pretrained("{name}") for of in (AutoModelForCausalLM, AutoTokenizer))
 ```
 
@@ -31,7 +32,13 @@ The licences of the source model and of the data hold for this model too.
 def model_card(info: CheckpointInfo, name: str) -> str:
     """Markdown: shape, history, data and configuration, each where it is known."""
     run = run_config(info)
-    parts = [HEADER.format(name=name), _shape(info), _history(info), _data(run)]
+    register = "import llmshearing  # layers differ in size: makes them known to transformers\n"
+    parts = [
+        HEADER.format(name=name, register=register if SIZES in info.hf_config else ""),
+        _shape(info),
+        _history(info),
+        _data(run),
+    ]
     if info.run_config:
         parts.append(f"## Configuration of the last run\n\n```yaml\n{info.run_config.strip()}\n```\n")
     return "\n".join(part for part in parts if part)
@@ -60,7 +67,9 @@ def tokenizer_of(info: CheckpointInfo) -> str | None:
 def _shape(info: CheckpointInfo) -> str:
     table = table_for(info.config)
     shape = {**table.shape(), "head_dim": table.config_axes["num_attention_heads"][1], "parameters": table.count()}
-    rows = "\n".join(f"| {key} | {value:,} |" for key, value in shape.items())
+    shown = {key: f"{value:,}" for key, value in shape.items()}
+    shown |= {key: ", ".join(map(str, sizes)) for key, sizes in info.hf_config.get(SIZES, {}).items()}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     return f"## Shape\n\n| | |\n|---|---:|\n{rows}\n"
 
 

@@ -6,9 +6,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from llmshearing.checkpoint import LATEST
+from llmshearing.checkpoint import is_checkpoint
 from llmshearing.convert.arguments import parse_pairs
 from llmshearing.convert.equality import compare
 from llmshearing.convert.export import checkpoint_to_hf
@@ -50,12 +49,6 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return _run(convert)
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether a source names a checkpoint: a file, a directory with one, or something called like one."""
-    path = Path(source)
-    return path.is_file() or path.suffix == ".pt" or (path / LATEST).is_file()
 
 
 def post_pruning_processing(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Shape legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def compare(
     """
     if sequences < 1 or length < 1:
         raise ShearingError(f"sequences={sequences} of length={length} compare nothing; both must be at least 1")
-    stored = read_checkpoint(checkpoint)
+    stored = read_checkpoint(checkpoint, verify=False)  # each tensor is verified as it is read
     refuse_masks(stored)
     source = load_hf_model(hf)
     unequal = _unequal(source.state_dict(), stored.weights)
@@ -83,13 +84,10 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
 
 
-def _unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    names = one.keys() | other.keys()
-    return sorted(
-        name
-        for name in names
-        if name not in one
-        or name not in other
-        or one[name].dtype != other[name].dtype
-        or not torch.equal(one[name], other[name])
-    )
+def _unequal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    alone = one.keys() ^ other.keys()
+    return sorted(alone | {name for name in one.keys() & other.keys() if not _equal(one[name], other[name])})
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig
@@ -29,6 +28,7 @@ from llmshearing.convert.hf import DTYPES, SETTABLE, check_given, looks_local, m
 from llmshearing.convert.output import TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.storage import LazyTensor, lazily, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def checkpoint_to_hf(
     output, given = Path(output), dict(given or {})
     check_directory(output, overwrite)
     foreign = {key: value for key, value in given.items() if key not in (*SETTABLE, LABEL)}
-    checkpoint = read_checkpoint(path, foreign=foreign)
+    checkpoint = read_checkpoint(path, foreign=foreign, verify=False)  # each tensor is verified as it is read
     refuse_masks(checkpoint)
     info, config = checkpoint.info, checkpoint.info.config
     check_given(given, config, str(checkpoint.path))
@@ -102,7 +102,7 @@ def write_hf_directory(
     """Write what `AutoModelForCausalLM.from_pretrained` loads, under a temporary name, then rename.
 
     Args:
-        weights: every tensor of the model by its name in transformers.
+        weights: every tensor of the model by its name in transformers; of lazy ones, one at a time is made.
         dtype: None keeps each tensor's. tokenizer: directory, file, or name on the hub; None writes none and warns.
         tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
         card: text of README.md. generation_config: None makes one from the config.
@@ -113,14 +113,15 @@ def write_hf_directory(
     """
     directory, config = Path(directory), type(config).from_dict(config.to_dict())
     table = table_for(config)
-    table.check({name: tuple(value.shape) for name, value in weights.items()})
+    entries = lazily(weights).entries
+    table.check({name: value.shape for name, value in entries.items()})
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    once = {name: weights[name] for name, spec, _ in table.instances() if spec.alias is None}
+    once = {name: entries[name] for name, spec, _ in table.instances() if spec.alias is None}
     config.dtype = wanted or Counter(value.dtype for value in once.values()).most_common(1)[0][0]
     config.architectures = config.architectures or [model_class(config)]
     config.head_dim = table.config_axes["num_attention_heads"][1]
     with new_directory(directory, overwrite) as folder:
-        _write_shards(once, folder, wanted, max_shard_size)
+        _write_shards({name: _cast(value, wanted) for name, value in once.items()}, folder, max_shard_size)
         config.save_pretrained(folder)
         _generation(generation_config, config).save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
@@ -133,24 +134,22 @@ def write_hf_directory(
     return directory
 
 
-def _write_shards(weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
-    """safetensors files of at most ``max_shard_size``; only one shard at a time is in memory."""
-    sizes = {name: value.to("meta", dtype or value.dtype) for name, value in weights.items()}
+def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
+
+
+def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str) -> None:
+    """safetensors files of at most ``max_shard_size``, written tensor by tensor."""
+    sizes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, filename_pattern=SHARD_NAMES, max_shard_size=max_shard_size)
-    with tqdm(total=len(weights), desc="writing", unit="tensor") as bar:
+    with tqdm(total=len(tensors), desc="writing", unit="tensor") as bar:
         for file, names in split.filename_to_tensors.items():
-            shard = {name: weights[name].detach().to("cpu", dtype or weights[name].dtype) for name in names}
-            save_file({name: _unshared(value) for name, value in shard.items()}, folder / file, {"format": "pt"})
-            bar.update(len(names))
+            write_safetensors(folder / file, {name: tensors[name] for name in names}, bar.update)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _unshared(value: Tensor) -> Tensor:
-    """Contiguous, and alone in its storage, as safetensors wants it."""
-    value = value.contiguous()
-    return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
 
 
 def _generation(given: GenerationConfig | Mapping[str, Any] | None, config: PretrainedConfig) -> GenerationConfig:

@@ -6,7 +6,7 @@ masks -> deterministic gates -> selection -> fold, tensor by tensor -> checkpoin
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llmshearing.families import folded_config, table_for
 from llmshearing.masks import hard_concrete
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
 from llmshearing.selection_io import save_selection
+from llmshearing.storage import LazyTensor, LazyTensors
 
 log = logging.getLogger(__name__)
 
@@ -76,27 +77,37 @@ def _check_shape(masks: L0Masks, shape: Mapping[str, int], zero_closed_blocks: b
 
 def fold_checkpoint(
     checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False
-) -> tuple[dict[str, Tensor], CheckpointInfo, Selection]:
-    """Weights and description of the compact model, and the selection that made it.
+) -> tuple[LazyTensors, CheckpointInfo, Selection]:
+    """Weights of the compact model, each folded on access; its description; and the selection that makes it.
 
     Raises:
         ShearingError: no masks, or masks that fold to no uniform model.
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
-    makers = list(fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks))
-    with torch.no_grad():
-        weights = {name: make() for name, make in tqdm(makers, desc="folding", unit="tensor")}
+    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
     config = folded_config(checkpoint.info.hf_config, masks.table, selection)
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
     info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
-    _table(info).check({name: tuple(value.shape) for name, value in weights.items()})
-    return weights, info, selection
+    kept = selection.kept_layers(masks.table.layers)
+    return _folded(dict(makers), checkpoint.weights, table_for(info.config), kept), info, selection
 
 
-def _table(info: CheckpointInfo) -> Table:
-    return table_for(info.config)
+def _folded(
+    makers: Mapping[str, Callable[[], Tensor]], weights: LazyTensors, table: Table, kept: list[int]
+) -> LazyTensors:
+    """Shapes as the folded model's table tells them, dtypes of the source; tied tensors stay one.
+
+    makers: the folded model's tensors. weights: the source's. kept: its layers that stay.
+    """
+    entries: dict[str, LazyTensor] = {}
+    for name in sorted(makers, key=lambda name: table.by_name[name][0].alias is not None):
+        spec, layer = table.by_name[name]
+        source = weights.entries[spec.name.format(layer=None if layer is None else kept[layer])]
+        shape, make = table.tensor_shape(spec, layer), torch.no_grad()(makers[name])
+        entries[name] = entries[spec.alias] if spec.alias else LazyTensor(shape, source.dtype, make)
+    return LazyTensors(entries)
 
 
 def _describe(shape: Mapping[str, int]) -> str:
@@ -124,16 +135,22 @@ def prune_and_save_model(
     Raises:
         ShearingError: as in :func:`fold_checkpoint`; the output exists; or a stated fact is wrong.
     """
-    checkpoint = read_checkpoint(path)
-    target = Path(output) if output is not None else checkpoint.path.with_name(f"pruned-{checkpoint.path.name}")
+    checkpoint = read_checkpoint(path, verify=False)  # each tensor is verified as it is read
+    target = Path(output) if output is not None else _beside(checkpoint.path)
     check_file(target, overwrite)
     weights, info, selection = fold_checkpoint(checkpoint, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
     check_facts(given or {}, info.hf_config, f"the model that {checkpoint.path} folds to")
-    save_checkpoint(target, weights, info)
+    with tqdm(total=len(weights), desc="folding", unit="tensor") as bar:
+        save_checkpoint(target, weights, info, progress=bar.update)
     chosen = save_selection(target.with_suffix(".selection.safetensors"), selection, {"history": info.history})
-    source, folded = checkpoint.table, _table(info)
+    source, folded = checkpoint.table, table_for(info.config)
     log.info("source  %s: %s parameters", _describe(source.shape()), f"{source.count():,}")
     log.info("folded  %s: %s parameters", _describe(folded.shape()), f"{folded.count():,}")
     log.info("wrote the selection to %s", chosen)
     log.info("wrote the folded model (%s -> %s parameters) to %s", f"{source.count():,}", f"{folded.count():,}", target)
     return target
+
+
+def _beside(path: Path) -> Path:
+    """pruned-<name>.pt in the checkpoint's directory; the name of a sharded folder has no ending."""
+    return path.with_name(f"pruned-{path.name.removesuffix('.pt')}.pt")

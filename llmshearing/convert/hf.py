@@ -11,20 +11,24 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
+from llmshearing.checkpoint import CheckpointInfo, check_weights, save_checkpoint
 from llmshearing.convert.arguments import check_facts
 from llmshearing.convert.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.storage import LazyTensors, open_weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Keys of the command line that set something; every other one states a fact, which is checked.
 SETTABLE = ("model_class", "dtype", "tokenizer")
+# Old LLaMA checkpoints hold this, which is computed from the config; transformers leaves it out of account too.
+COMPUTED = "rotary_emb.inv_freq"
 
 
 def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -33,8 +37,7 @@ def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTra
     Raises:
         ShearingError: it cannot be loaded, or its tensors are not exactly those of its config.
     """
-    if looks_local(name) and not (Path(name) / "config.json").is_file():
-        raise ShearingError(f"{name} is no Hugging Face directory: it has no config.json")
+    _check_directory(name)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(name), dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -45,17 +48,32 @@ def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTra
     return model
 
 
-def load_hf_weights(name: Path | str) -> tuple[dict[str, Tensor], PretrainedConfig]:
-    """Tensors by name and config of a Hugging Face model, checked against its family's table; errors as above."""
-    model = load_hf_model(name)
-    return _state_dict(model), model.config
+def load_hf_weights(name: Path | str) -> tuple[LazyTensors, PretrainedConfig]:
+    """Tensors by name, each read on access, and config of a Hugging Face model, whose model is not built.
+
+    Raises:
+        ShearingError: it cannot be loaded, or its tensors are not exactly those of its family's table.
+    """
+    _check_directory(name)
+    try:
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ShearingError(f"Hugging Face model {name} cannot be loaded: {error}") from error
+    table = table_for(config)
+    entries = {key: value for key, value in open_weights(name).entries.items() if not key.endswith(COMPUTED)}
+    return check_weights(str(name), entries, table), config
+
+
+def _check_directory(name: Path | str) -> None:
+    if looks_local(name) and not (Path(name) / "config.json").is_file():
+        raise ShearingError(f"{name} is no Hugging Face directory: it has no config.json")
 
 
 def build_model(
     weights: Mapping[str, Tensor], config: PretrainedConfig, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
     """The transformers model with these weights, strictly; "auto": the weights' dtype."""
-    named = getattr(transformers, model_class(config))
+    named = causal_lm(config)
     wanted = next(iter(weights.values())).dtype if dtype == "auto" else dtype
     model, report = named.from_pretrained(
         None, config=config, state_dict=dict(weights), dtype=wanted, output_loading_info=True
@@ -70,17 +88,18 @@ def hf_to_checkpoint(
     """Hugging Face directory or name -> checkpoint in Composer's layout. given: facts to check; ``tokenizer`` sets."""
     output, given = Path(output), given or {}
     check_file(output, overwrite)
-    model = load_hf_model(name)
-    check_given(given, model.config, str(name))
+    weights, config = load_hf_weights(name)
+    check_given(given, config, str(name))
     where = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
     info = CheckpointInfo(
-        hf_config=_plain(model.config),
+        hf_config=_plain(config),
         tokenizer=str(given.get("tokenizer") or where),
         history=[f"converted from the Hugging Face model {where}"],
-        generation_config=model.generation_config.to_dict() if model.generation_config is not None else None,
+        generation_config=_generation(name, config).to_dict(),
     )
-    save_checkpoint(output, _state_dict(model), info)
-    count = table_for(model.config).count()
+    with tqdm(total=len(weights), desc="converting", unit="tensor") as bar:
+        save_checkpoint(output, weights, info, progress=bar.update)
+    count = table_for(config).count()
     log.info("wrote %s (%s parameters, Composer's keys) to %s", where, f"{count:,}", output)
     return output
 
@@ -100,10 +119,12 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
         raise ShearingError(f"{name}: tensors and config do not belong together: " + "; ".join(problems))
 
 
-def _state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
-    table_for(model.config).check({name: tuple(value.shape) for name, value in weights.items()})
-    return weights
+def _generation(name: Path | str, config: PretrainedConfig) -> GenerationConfig:
+    """The model's own, or, where it has none, the one that transformers makes from its config."""
+    try:
+        return GenerationConfig.from_pretrained(str(name))
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:
@@ -129,5 +150,11 @@ def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) 
 
 def model_class(config: PretrainedConfig) -> str:
     """Name of the class that the config asks for, else of its model type's causal LM."""
+    return causal_lm(config).__name__
+
+
+def causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config asks for, else its model type's causal LM."""
     named = (config.architectures or [None])[0]
-    return named if named and hasattr(transformers, named) else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return known if not named or named == known.__name__ else getattr(transformers, named, known)

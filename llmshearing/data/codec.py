@@ -64,7 +64,16 @@ def load_file(path: Path) -> Any:
         loaded = Tokenizer.from_file(str(path))
     except Exception as error:  # both raise many kinds
         raise ShearingError(f"tokenizer {path} cannot be loaded: {error}") from error
-    loaded.no_truncation()
-    loaded.no_padding()
-    loaded.encode_special_tokens = True  # i.e. as the characters they are made of
+    as_plain_text(loaded)
     return loaded
+
+
+def as_plain_text(backend: Any) -> None:
+    """Have a tokenizer encode the whole of every text, and what spells a special token as the characters it is made of.
+
+    SentencePiece does so anyway.
+    """
+    if hasattr(backend, "encode_special_tokens"):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True

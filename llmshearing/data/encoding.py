@@ -1,71 +1,139 @@
-"""Tokenizes batches of texts in worker processes and hands the results back in order.
+"""Turns chunks of files into token arrays: parsing, splitting, tokenizing, in worker processes.
 
-What comes out does not depend on the number of processes: batches are made and consumed in the parent, in order.
+What comes out does not depend on the number of processes: chunks are cut and results consumed in the parent, in order.
+Workers hand back one compact array a split, so the parent has little to do for each document. They import neither
+Streaming nor torch.
 """
 
+import hashlib
 import multiprocessing
 import os
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 
-from llmshearing.data.tokenizer import TextTokenizer, load_tokenizer
+from llmshearing.data.packing import Documents, split_of
+from llmshearing.data.sources import MAX_PROBLEMS, Chunk
+from llmshearing.data.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
 
-Batch = TypeVar("Batch")
-Texts = Callable[[Batch], list[str]]
-AHEAD = 3  # batches in flight for each process: bounds memory
-_encode: Callable[[list[str]], list[list[int]]]
+AHEAD = 3  # chunks in flight for each process: bounds memory
+TYPECODES = {"uint16": "H", "uint32": "I"}
+Wanted = frozenset[str]
 
 
 class WorkerDied(ShearingError):
     """A process ended that should not have; the input is not to blame."""
 
 
-def encode_in_order(
-    batches: Iterable[Batch], texts: Texts, encoder: TextTokenizer, arguments: tuple[Any, ...], processes: int
-) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-    """Yield each batch with the ids (uint32) of its texts, without BOS and EOS.
+@dataclass
+class Encoded:
+    """What a chunk held: documents by split, the first of its problems, and how many there were."""
 
-    `arguments` load the tokenizer again in another process. With one process everything runs in this one. Raises
-    WorkerDied if a process is killed.
+    splits: dict[str, Documents]
+    problems: list[str]
+    count: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how a chunk is encoded; travels to the worker processes."""
+
+    tokenizer: TextTokenizer
+    text_field: str
+    dtype: str
+    seed: int
+    eval_fraction: float
+    for_prune_fraction: float
+    dedup: bool
+
+    def encode(self, chunk: Chunk, wanted: Wanted) -> Encoded:
+        """Parse a chunk and tokenize what belongs to the `wanted` splits."""
+        problems: list[str] = []
+        texts: dict[str, list[str]] = {split: [] for split in wanted}
+        utf8: dict[str, list[bytes]] = {split: [] for split in wanted}
+        for text in chunk.texts(self.text_field, problems):
+            data = text.encode("utf-8")
+            split = split_of(data, self.seed, self.eval_fraction, self.for_prune_fraction)
+            if split in wanted:
+                texts[split].append(text)
+                utf8[split].append(data)
+        splits = {split: self._documents(texts[split], utf8[split]) for split in sorted(wanted) if texts[split]}
+        return Encoded(splits, problems[:MAX_PROBLEMS], len(problems))
+
+    def _documents(self, texts: list[str], utf8: list[bytes]) -> Documents:
+        encoded = self.tokenizer.encode(texts)
+        stream = array(TYPECODES[self.dtype])
+        for ids in encoded:
+            stream.append(self.tokenizer.bos_id)
+            stream.fromlist(ids)
+            stream.append(self.tokenizer.eos_id)
+        lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
+        sizes = np.array([len(data) for data in utf8], np.int64)
+        digests = [hashlib.blake2b(data, digest_size=16).digest() for data in utf8] if self.dedup else []
+        return Documents(np.frombuffer(stream, self.dtype), lengths, sizes, digests)
+
+
+class Encoders:
+    """`processes` worker processes that follow one recipe; with one, everything runs in this process.
+
+    A context manager. Raises WorkerDied if a process is killed.
     """
-    if processes == 1:
-        for batch in batches:
-            yield batch, [np.array(ids, np.uint32) for ids in encoder.encode(texts(batch))]
-        return
-    waiting: deque[tuple[Batch, Future]] = deque()
-    context = multiprocessing.get_context("spawn")  # tokenizers' threads do not survive a fork
-    with ProcessPoolExecutor(processes, context, _start, arguments) as pool:
+
+    def __init__(self, recipe: Recipe, processes: int) -> None:
+        self._recipe, self._processes = recipe, processes
+        self._pool: ProcessPoolExecutor | None = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")  # tokenizers' threads do not survive a fork
+            self._pool = ProcessPoolExecutor(processes, context, _start, (recipe,))
+
+    def in_order(self, chunks: Iterable[Chunk], wanted: Callable[[], Wanted]) -> Iterator[tuple[Chunk, Encoded]]:
+        """Each chunk with what it held, in order. `wanted()` is asked when a chunk is handed to a worker."""
+        if self._pool is None:
+            for chunk in chunks:
+                yield chunk, self._recipe.encode(chunk, wanted())
+            return
+        waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
         try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_work, texts(batch))))
-                if len(waiting) >= AHEAD * processes:
+            for chunk in chunks:
+                waiting.append((chunk, self._pool.submit(_work, chunk, wanted())))
+                if len(waiting) >= AHEAD * self._processes:
                     yield _result(*waiting.popleft())
             while waiting:
                 yield _result(*waiting.popleft())
         except BrokenProcessPool as error:
             raise WorkerDied("a tokenization process was killed, usually for memory; use fewer --processes") from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _, future in waiting:
+                future.cancel()
+
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
 
-def _result(batch: Batch, future: Future) -> tuple[Batch, list[np.ndarray]]:
-    ids, ends = future.result()
-    return batch, np.split(ids, ends)
+def _result(chunk: Chunk, future: "Future[Encoded]") -> tuple[Chunk, Encoded]:
+    return chunk, future.result()
 
 
-def _start(path: Path | str, bos_token: str | None, eos_token: str | None) -> None:
-    global _encode
+_recipe: Recipe  # of a worker process
+
+
+def _start(recipe: Recipe) -> None:
+    global _recipe
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # one core a process
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encode = load_tokenizer(path, bos_token, eos_token).encode
+    _recipe = recipe
 
 
 def _end_with_parent() -> None:
@@ -75,7 +143,5 @@ def _end_with_parent() -> None:
         os._exit(1)  # a killed parent leaves no process behind
 
 
-def _work(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    encoded = _encode(texts)
-    flat = [token for ids in encoded for token in ids]
-    return np.array(flat, np.uint32), np.cumsum([len(ids) for ids in encoded])[:-1]
+def _work(chunk: Chunk, wanted: Wanted) -> Encoded:
+    return _recipe.encode(chunk, wanted)

@@ -1,188 +1,221 @@
-"""One run of `prepare`: domain after domain, each read, tokenized, packed and recorded as done."""
+"""One run of `prepare`: domain after domain, each read, tokenized, packed and written in parts.
 
+After each part of a domain its state is committed: a run that is killed goes on there.
+"""
+
+import logging
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streaming import LocalDataset
 from tqdm import tqdm
 
-from llmshearing.data.encoding import encode_in_order
+from llmshearing.data.encoding import Encoders, Recipe, Wanted
+from llmshearing.data.manifest import SAMPLE
 from llmshearing.data.options import Options
-from llmshearing.data.packing import EVAL, EVAL_MERGE, Packer, open_writer, split_of
+from llmshearing.data.packing import EVAL, EVAL_MERGE, Packer
 from llmshearing.data.progress import Progress
-from llmshearing.data.sources import MAX_PROBLEMS, read_documents
+from llmshearing.data.remote import Upload
+from llmshearing.data.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
 from llmshearing.data.tokenizer import TextTokenizer
+from llmshearing.data.writing import Layout, PartWriter, merge
 from llmshearing.errors import ShearingError
 
+log = logging.getLogger(__name__)
+
 PROGRESS = "progress.db"
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # encoded at once
+PART = 1 << 30  # bytes of input; an interrupted part is done again
 BYTES_PER_PROCESS = 1 << 22  # of input; for less, starting a process takes longer than its work
 
 
 @dataclass
-class Batch:
-    """Documents in their order, and what was wrong between them."""
+class Domain:
+    """A domain in the making: a packer and a writer a split, where reading goes on, and what was skipped."""
 
-    texts: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    characters: int = 0
+    packers: dict[str, Packer]
+    writers: dict[str, PartWriter]
+    place: Place = BEGINNING
+    skipped: int = 0
+    first_skipped: list[str] = field(default_factory=list)
+    done: bool = False
 
     @property
-    def full(self) -> bool:
-        return len(self.texts) >= BATCH_DOCUMENTS or self.characters >= BATCH_CHARACTERS
+    def tokens(self) -> int:
+        """Packed so far, in all splits."""
+        return sum(packer.tokens for packer in self.packers.values())
+
+    def wanted(self) -> Wanted:
+        """The splits that are not full."""
+        return frozenset(split for split, packer in self.packers.items() if not packer.full)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON."""
+        splits = {s: {"packer": p.state(), "shards": self.writers[s].shards} for s, p in self.packers.items()}
+        skipped = {"count": self.skipped, "first": self.first_skipped}
+        return {"splits": splits, "place": self.place, "skipped": skipped, "done": self.done}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        for split, saved in state["splits"].items():
+            self.packers[split].restore(saved["packer"])
+            self.writers[split].shards = saved["shards"]
+        self.place, self.done = Place(*state["place"]), state["done"]
+        self.skipped, self.first_skipped = state["skipped"]["count"], state["skipped"]["first"]
 
 
 @dataclass
 class Job:
-    """Writes every split under `root`; `arguments` load the tokenizer in other processes."""
+    """Writes every split under `root`, and below `remote` too; `keep_local`: leave what was uploaded here."""
 
     root: Path
     sources: dict[str, list[Path]]
-    encoder: TextTokenizer
-    arguments: tuple[Any, ...]
+    tokenizer: TextTokenizer
     options: Options
     dtype: str
     processes: int
     progress: bool
+    remote: str | None = None
+    keep_local: bool = True
+    problems: list[str] = field(default_factory=list)
+    """That end the run, with on_error=fail."""
 
     def run(self) -> dict[str, Any]:
         """Do what is left to do; returns the manifest without its request. Raises ShearingError for bad input."""
-        store = Progress(self.root / PROGRESS)
-        results: dict[str, Any] = {}
-        problems: list[str] = []
-        try:
-            total = sum(path.stat().st_size for files in self.sources.values() for path in files)
-            with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=not self.progress) as bar:
-                for domain in self.sources:
-                    bar.set_postfix_str(domain)
-                    results[domain] = store.result(domain) or self._domain(domain, store, bar, problems)
-                    if self.options.on_error == "fail" and problems:
-                        continue  # the other domains are read to name their problems too
-                    if store.result(domain) is None:
-                        store.finish(domain, results[domain])
-        finally:
-            store.close()
-        if self.options.on_error == "fail" and problems:
-            raise ShearingError("\n".join(problems[:MAX_PROBLEMS]))
-        splits = {split: {d: r["splits"][split] for d, r in results.items()} for split in self.options.fractions()}
-        if small := too_small(splits, self.options):
+        start, total = time.perf_counter(), sum(self._size(domain) for domain in self.sources)
+        self._upload = Upload(self.root, self.remote)
+        domains: dict[str, Domain] = {}
+        tokens = 0  # of this run
+        with (
+            closing(Progress(self.root / PROGRESS)) as store,
+            tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=not self.progress) as bar,
+            Encoders(self._recipe(), max(1, min(self.processes, total // BYTES_PER_PROCESS))) as encoders,
+        ):
+            for name in self.sources:
+                bar.set_postfix_str(name)
+                domain = domains[name] = self._open(name, store)
+                tokens -= domain.tokens
+                before = bar.n
+                if not domain.done:
+                    self._write(name, domain, store, encoders, bar)
+                bar.update(before + self._size(name) - bar.n)  # also what was done before, or not needed
+                tokens += domain.tokens
+        if self.problems:
+            raise ShearingError("\n".join(self.problems[:MAX_PROBLEMS]))
+        if small := self._too_small(domains):
             raise ShearingError("\n".join(small))
-        if EVAL in splits:
-            self._merge(list(self.sources))
-        return self._manifest(splits, results)
+        self._finish(domains)
+        seconds = time.perf_counter() - start
+        log.info("%d tokens in %.1f seconds: %d tokens/s", tokens, seconds, tokens / seconds)
+        return self._manifest(domains)
 
-    def _domain(self, domain: str, store: Progress, bar: tqdm, problems: list[str]) -> dict[str, Any]:
-        """Write the splits of one domain; `problems` grows by what is wrong with it."""
-        packers = self._packers(domain)
-        skipped: list[str] = []
-        count = duplicates = 0
-        batches = self._batches(self.sources[domain], bar, problems)
-        size = sum(path.stat().st_size for path in self.sources[domain])
-        processes = max(1, min(self.processes, size // BYTES_PER_PROCESS))
-        for batch, ids in encode_in_order(batches, lambda b: b.texts, self.encoder, self.arguments, processes):
-            count += len(batch.problems)
-            skipped += batch.problems[: MAX_PROBLEMS - len(skipped)]
-            if self.options.on_error == "fail" and (problems or batch.problems):
-                problems += batch.problems
+    def _size(self, name: str) -> int:
+        return sum(path.stat().st_size for path in self.sources[name])
+
+    def _recipe(self) -> Recipe:
+        o = self.options
+        fractions = (o.eval_fraction, o.for_prune_fraction)
+        return Recipe(self.tokenizer, o.text_field, self.dtype, o.seed, *fractions, o.dedup)
+
+    def _open(self, name: str, store: Progress) -> Domain:
+        """The domain as the last commit left it."""
+        o, packers, writers = self.options, {}, {}
+        layout = Layout(o.max_seq_len, self.dtype, o.shard_size, o.compression)
+        for split in o.fractions():
+            writers[split] = PartWriter(self.root / split / name, name, layout, [])
+            limit = o.limit(split, name, len(self.sources))
+            packers[split] = Packer(writers[split].write, o.max_seq_len, self.dtype, limit)
+        domain = Domain(packers, writers)
+        if (state := store.state(name)) is not None:
+            domain.restore(state)
+        return domain
+
+    def _write(self, name: str, domain: Domain, store: Progress, encoders: Encoders, bar: tqdm) -> None:
+        """Write what is left of a domain; `problems` grows by what is wrong with it."""
+        first_time = store.first_time if self.options.dedup else None
+        part = 0
+        chunks = self._chunks(read_chunks(self.sources[name], self.options.text_field, bar.update, domain.place))
+        for chunk, encoded in encoders.in_order(chunks, lambda: frozenset() if self.problems else domain.wanted()):
+            domain.skipped += encoded.count
+            domain.first_skipped += encoded.problems[: MAX_PROBLEMS - len(domain.first_skipped)]
+            if self.options.on_error == "fail":
+                self.problems += encoded.problems
+            if self.problems:  # the rest is read to name its problems too
                 continue
-            duplicates += self._add(packers, batch, ids, store)
-            if all(packer.full for packer in packers.values()):
+            for split, documents in encoded.splits.items():
+                domain.packers[split].add(documents, first_time)
+            domain.place = chunk.following
+            if not domain.wanted():
                 break
-        for packer in packers.values():
-            packer.writers[0].finish()
-        return {
-            "splits": {split: packer.counts() for split, packer in packers.items()},
-            "max_token_id": max(packer.max_token_id for packer in packers.values()),
-            "skipped": {"count": count, "first": skipped},
-            "duplicates": duplicates,
-        }
+            part += chunk.size
+            if part >= PART:
+                self._commit(name, domain, store)
+                part = 0
+        if not self.problems:
+            domain.done = True
+            self._commit(name, domain, store)
 
-    def _packers(self, domain: str) -> dict[str, Packer]:
-        packers, encoder, options = {}, self.encoder, self.options
-        for split in options.fractions():
-            folder = self.root / split / domain
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
-            writer = open_writer(folder, options.max_seq_len, self.dtype, options.shard_size)
-            limit = options.limit(split, domain, len(self.sources))
-            packers[split] = Packer(
-                domain, [writer], options.max_seq_len, self.dtype, encoder.bos_id, encoder.eos_id, limit
-            )
-        return packers
+    def _chunks(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Until there are problems enough."""
+        for chunk in chunks:
+            if len(self.problems) >= MAX_PROBLEMS:
+                return
+            yield chunk
 
-    def _batches(self, files: list[Path], bar: tqdm, failed: list[str]) -> Iterator[Batch]:
-        """Batches bounded by number and length of documents; none is empty of both texts and problems.
+    def _commit(self, name: str, domain: Domain, store: Progress) -> None:
+        for split, writer in domain.writers.items():
+            files = writer.end_part()
+            self._upload(files)
+            if split != EVAL:  # which is merged from here
+                self._drop(files)
+        store.commit(name, domain.state())
 
-        Stops early where there are problems enough to fail with; once a domain has failed no text is handed on.
-        """
-        batch, found = Batch(), 0
-        for path in files:
-            for text in read_documents(path, self.options.text_field, batch.problems, bar.update):
-                if not failed:
-                    batch.texts.append(text)
-                    batch.characters += len(text)
-                if batch.full or len(batch.problems) >= MAX_PROBLEMS:
-                    found += len(batch.problems)
-                    yield Batch(batch.texts, list(batch.problems))
-                    batch.problems.clear()  # read_documents goes on filling this very list
-                    batch = Batch(problems=batch.problems)
-                    if self.options.on_error == "fail" and found >= MAX_PROBLEMS:
-                        return
-        if batch.texts or batch.problems:
-            yield batch
+    def _drop(self, files: list[Path]) -> None:
+        """Remove shards that were uploaded, if they are not to be kept."""
+        for path in files if not self.keep_local and self.remote is not None else []:
+            path.unlink()
 
-    def _add(self, packers: dict[str, Packer], batch: Batch, ids: list[Any], store: Progress) -> int:
-        """Hand a batch to its packers; returns the number of duplicates left out."""
-        options, duplicates = self.options, 0
-        mine: dict[str, list[int]] = {split: [] for split in packers}
-        for i, text in enumerate(batch.texts):
-            if options.dedup and not store.first_time(text):
-                duplicates += 1
-                continue
-            split = split_of(text, options.seed, options.eval_fraction, options.for_prune_fraction)
-            if split in packers and not packers[split].full:
-                mine[split].append(i)
-        for split, chosen in mine.items():
-            packers[split].add([batch.texts[i] for i in chosen], [ids[i] for i in chosen])
-        return duplicates
+    def _finish(self, domains: dict[str, Domain]) -> None:
+        """Write the index of each directory, and the merged evaluation split."""
+        for domain in domains.values():
+            self._upload([writer.finish() for writer in domain.writers.values()])
+        if EVAL not in self.options.fractions():
+            return
+        shutil.rmtree(self.root / EVAL_MERGE, ignore_errors=True)
+        files = merge([domain.writers[EVAL].folder for domain in domains.values()], self.root / EVAL_MERGE)
+        self._upload(files)
 
-    def _merge(self, domains: list[str]) -> None:
-        """One directory of all domains' evaluation sequences, in the domains' order."""
-        folder = self.root / EVAL_MERGE
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = open_writer(folder, self.options.max_seq_len, self.dtype, self.options.shard_size)
-        for domain in domains:
-            data = LocalDataset(str(self.root / EVAL / domain))
-            for i in range(len(data)):
-                writer.write(data[i])
-        writer.finish()
+    def _too_small(self, domains: dict[str, Domain]) -> list[str]:
+        """What to say of domains without a whole sequence in some split."""
+        advice = "add documents, raise the split's fraction or lower --max_seq_len"
+        return [
+            f"domain {name!r} has {packer.tokens} tokens ({packer.documents} documents) in split {split}, "
+            f"less than one sequence of {self.options.max_seq_len}; {advice}"
+            for split in self.options.fractions()
+            for name, domain in domains.items()
+            if (packer := domain.packers[split]).sequences == 0
+        ]
 
-    def _manifest(self, splits: dict[str, dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
-        skipped = {domain: r["skipped"] for domain, r in results.items() if r["skipped"]["count"]}
+    def _manifest(self, domains: dict[str, Domain]) -> dict[str, Any]:
+        packers = {name: domain.packers for name, domain in domains.items()}
+        duplicates = {name: sum(p.duplicates for p in mine.values()) for name, mine in packers.items()}
         return {
             "max_seq_len": self.options.max_seq_len,
             "dtype": self.dtype,
-            "vocab_size": self.encoder.vocab_size,
-            "bos_id": self.encoder.bos_id,
-            "eos_id": self.encoder.eos_id,
-            "max_token_id": max(r["max_token_id"] for r in results.values()),
+            "vocab_size": self.tokenizer.vocab_size,
+            "bos_id": self.tokenizer.bos_id,
+            "eos_id": self.tokenizer.eos_id,
+            "max_token_id": max(packer.max_token_id for mine in packers.values() for packer in mine.values()),
             "seed": self.options.seed,
-            "tokenizer_fingerprint": self.encoder.fingerprint,
-            "splits": splits,
-            "skipped": skipped,
-            "duplicates": {domain: r["duplicates"] for domain, r in results.items() if r["duplicates"]},
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "tokenizer_sample": self.tokenizer.encode([SAMPLE])[0],
+            "splits": {
+                split: {name: mine[split].counts() for name, mine in packers.items()}
+                for split in self.options.fractions()
+            },
+            "skipped": {name: d.state()["skipped"] for name, d in domains.items() if d.skipped},
+            "duplicates": {name: number for name, number in duplicates.items() if number},
         }
-
-
-def too_small(splits: dict[str, dict[str, Any]], options: Options) -> list[str]:
-    """Domains without a whole sequence in some split."""
-    advice = "add documents, raise the split's fraction or lower --max_seq_len"
-    return [
-        f"domain {domain!r} has {n['tokens']} tokens ({n['documents']} documents) in split {split}, "
-        f"less than one sequence of {options.max_seq_len}; {advice}"
-        for split, domains in splits.items()
-        for domain, n in domains.items()
-        if n["sequences"] == 0
-    ]

@@ -135,7 +135,9 @@ def real_samples(batch: Any) -> int:
 
 def _dataloader(dataset: MixtureDataset | EvalDataset, pin_memory: bool | None, **more: Any) -> DataLoader:
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    return DataLoader(dataset, batch_size=dataset.batch_size, pin_memory=pin, **more)
+    # A generator of its own: each iteration draws from it, and a resumed run iterates more often.
+    generator = torch.Generator()
+    return DataLoader(dataset, batch_size=dataset.batch_size, pin_memory=pin, generator=generator, **more)
 
 
 def _check_workers(num_workers: int, prefetch_factor: int | None, persistent_workers: bool) -> None:

@@ -4,8 +4,6 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from streaming.base.util import bytes_to_int
-
 from llmshearing.data.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
 
@@ -33,6 +31,7 @@ class Options:
     on_error: str = "fail"
     dtype: str = "auto"
     shard_size: str = "64mb"
+    compression: str | None = None
 
     def fractions(self) -> dict[str, float]:
         """Share of the documents by split; splits without a share are not written."""
@@ -80,12 +79,25 @@ class Options:
             said.append(f"on_error is {self.on_error!r}; known are fail and skip")
         if self.dtype not in ("auto", *LARGEST_ID):
             said.append(f"dtype is {self.dtype!r}; known are auto, uint16, uint32")
-        try:
-            bytes_to_int(self.shard_size)
-        except ValueError:
-            said.append(f"shard_size is {self.shard_size!r}; write it like 64mb")
+        said += self._shard_problems()
         if self.seed < 0:
             said.append(f"seed is {self.seed}; it must be at least 0")
+        return said
+
+    def _shard_problems(self) -> list[str]:
+        from streaming.base.compression import get_compressions  # brings torch, which worker processes do without
+        from streaming.base.util import bytes_to_int
+
+        said = []
+        try:
+            size = bytes_to_int(self.shard_size)
+        except ValueError:
+            size = 0
+        if not 0 < size < 2**32:  # MDS counts a shard's bytes in 32 bits
+            said.append(f"shard_size is {self.shard_size!r}; write it like 64mb, below 4gb")
+        if self.compression is not None and self.compression not in (known := get_compressions()):
+            names = sorted(name for name in known if ":" not in name)
+            said.append(f"compression is {self.compression!r}; known are {', '.join(names)}, with a level as in zstd:7")
         return said
 
 
@@ -159,6 +171,12 @@ def parser() -> argparse.ArgumentParser:
     )
     said.add_argument("--dtype", default="auto", choices=("auto", *LARGEST_ID), help="of the ids (default: by size)")
     said.add_argument("--shard_size", default=Options.shard_size, help="of one MDS file (default: %(default)s)")
+    said.add_argument("--compression", help="of the shards: br, bz2, gz, snappy or zstd, as in zstd:7 (default: none)")
+    said.add_argument("--remote", help="upload the result there too, e.g. s3://bucket/data; the manifest comes last")
+    said.add_argument(
+        "--drop_local", dest="keep_local", action="store_false",
+        help="with --remote: remove training shards here once they are uploaded",
+    )  # fmt: skip
     said.add_argument("--bos_token", help="if the tokenizer has none or the wrong one")
     said.add_argument("--eos_token", help="if the tokenizer has none or the wrong one")
     said.add_argument("--no_progress", action="store_true", help="no progress bars")

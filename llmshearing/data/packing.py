@@ -1,83 +1,117 @@
-"""Splits documents by their text's hash, packs them into sequences, and writes these as MDS.
+"""Splits documents by their text's hash and packs them into sequences. Needs neither Streaming nor torch.
 
-Shapes: T = max_seq_len; documents are `BOS text EOS`; sequences [T] follow one another without padding, and
-the last incomplete one of a domain and split is dropped.
+Shapes: T = max_seq_len; n documents of a chunk; documents are `BOS text EOS`; sequences [T] follow one another
+without padding, and the last incomplete one of a domain and split is dropped.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
 
 EVAL, FOR_PRUNE, FOR_FT = "eval", "for_prune", "for_ft"
 EVAL_MERGE = "eval_merge"
-HASHES = ["xxh64"]  # recorded in index.json, checked when a shard is first read
+COUNTS = ("documents", "tokens", "sequences", "bytes")
 
 
-def split_of(text: str, seed: int, eval_fraction: float, for_prune_fraction: float) -> str:
-    """The split of a document: a function of its text and the seed alone, so equal documents share a
+def split_of(text: str | bytes, seed: int, eval_fraction: float, for_prune_fraction: float) -> str:
+    """The split of a document: a function of its text (or that in UTF-8) and the seed alone, so equal documents share a
     split."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, salt=seed.to_bytes(16, "little")).digest()
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    digest = hashlib.blake2b(data, digest_size=8, salt=seed.to_bytes(16, "little")).digest()
     point = int.from_bytes(digest, "little") / 2**64
     if point < eval_fraction:
         return EVAL
     return FOR_PRUNE if point < eval_fraction + for_prune_fraction else FOR_FT
 
 
-def open_writer(path: Path, max_seq_len: int, dtype: str, shard_size: str) -> MDSWriter:
-    """A writer of sequences [T] of `dtype` to the directory `path`; files of at most `shard_size`."""
-    columns = {"tokens": f"ndarray:{dtype}:{max_seq_len}", "set": "str"}
-    return MDSWriter(out=str(path), columns=columns, hashes=HASHES, size_limit=shard_size)
+@dataclass
+class Documents:
+    """Documents of one split in their order.
+
+    tokens: of all, BOS and EOS included. lengths [n]: tokens of each. sizes [n]: UTF-8 bytes of each text. digests [n]:
+    of the texts, by which equal ones are known; empty where nobody asks for them.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    digests: list[bytes] = field(default_factory=list)
+
+    def only(self, keep: np.ndarray) -> "Documents":
+        """Those where `keep` [n] is true; without their digests."""
+        if keep.all():
+            return self
+        return Documents(self.tokens[np.repeat(keep, self.lengths)], self.lengths[keep], self.sizes[keep])
 
 
 @dataclass
 class Packer:
-    """Packs the documents of one domain and split; `writers` each get every sequence."""
+    """Packs the documents of one domain and split; each sequence [T] goes to `write`.
 
-    domain: str
-    writers: list[MDSWriter]
+    Counts are of what was packed: a document that a full packer no longer needed counts for nothing. `tokens` include
+    BOS, EOS and the dropped rest.
+    """
+
+    write: Callable[[np.ndarray], None]
     max_seq_len: int
     dtype: str
-    bos_id: int
-    eos_id: int
     limit: int | None
     """Most sequences to write; None: all."""
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     sequences: int = 0
+    duplicates: int = 0
     max_token_id: int = 0
-    _rest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    rest: list[int] = field(default_factory=list)
+    """Tokens [< T] that wait for the next document."""
 
     @property
     def full(self) -> bool:
         return self.limit is not None and self.sequences >= self.limit
 
-    def add(self, texts: list[str], encoded: Sequence[Sequence[int] | np.ndarray]) -> None:
-        """Append documents; `encoded` are their ids without BOS and EOS."""
-        pieces = [self._rest]
-        for text, ids in zip(texts, encoded, strict=True):
-            pieces += [np.array([self.bos_id]), np.asarray(ids, np.int64), np.array([self.eos_id])]
-            self.documents += 1
-            self.tokens += len(ids) + 2
-            self.bytes += len(text.encode("utf-8"))
-        stream = np.concatenate(pieces)
-        self.max_token_id = max(self.max_token_id, int(stream.max(initial=0)))
-        whole = len(stream) // self.max_seq_len * self.max_seq_len
-        for sequence in stream[:whole].astype(self.dtype).reshape(-1, self.max_seq_len):
-            self._write(sequence)
-        self._rest = stream[whole:]
+    def add(self, documents: Documents, first_time: Callable[[bytes], bool] | None = None) -> None:
+        """Append documents until the packer is full; those whose digest is not `first_time` are duplicates."""
+        chosen = documents.only(self._wanted(documents, first_time))
+        self.documents += len(chosen.lengths)
+        self.bytes += int(chosen.sizes.sum())
+        self.tokens += len(chosen.tokens)
+        self.max_token_id = max(self.max_token_id, int(chosen.tokens.max(initial=0)))
+        stream = np.concatenate([np.array(self.rest, self.dtype), chosen.tokens.astype(self.dtype, copy=False)])
+        whole = len(stream) // self.max_seq_len
+        for sequence in stream[: whole * self.max_seq_len].reshape(whole, self.max_seq_len):
+            if self.full:
+                break
+            self.write(sequence)
+            self.sequences += 1
+        self.rest = stream[whole * self.max_seq_len :].tolist()
 
-    def _write(self, sequence: np.ndarray) -> None:
-        if self.full:
-            return
-        for writer in self.writers:
-            writer.write({"tokens": sequence, "set": self.domain})
-        self.sequences += 1
+    def _wanted(self, documents: Documents, first_time: Callable[[bytes], bool] | None) -> np.ndarray:
+        """Which documents to take, [n] bool: what is no duplicate, up to the one that fills the last sequence."""
+        wanted = np.zeros(len(documents.lengths), bool)
+        room = np.inf if self.limit is None else (self.limit - self.sequences) * self.max_seq_len - len(self.rest)
+        for i, length in enumerate(documents.lengths.tolist()):
+            if room <= 0:
+                break
+            if first_time is None or first_time(documents.digests[i]):
+                wanted[i] = True
+                room -= length
+            else:
+                self.duplicates += 1
+        return wanted
 
     def counts(self) -> dict[str, int]:
-        """What the manifest records; tokens include BOS, EOS and the dropped rest."""
-        return {name: getattr(self, name) for name in ("documents", "tokens", "sequences", "bytes")}
+        """What the manifest records."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as JSON."""
+        return {name: getattr(self, name) for name in (*COUNTS, "duplicates", "max_token_id", "rest")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        for name, value in state.items():
+            setattr(self, name, value)

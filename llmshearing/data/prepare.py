@@ -7,8 +7,10 @@
                                           output/manifest.json                       what was done with what
 
 A document goes to the split that its text's hash says: no document, nor an exact copy of it, is in two
-splits, and adding files moves none. Memory is bounded by the batches in flight and one shard for each split.
-A killed run leaves `.OUTPUT.partial`; the same command goes on after its last finished domain.
+splits, and adding files moves none. Memory is bounded by the chunks in flight and one shard for each split.
+A killed run leaves `.OUTPUT.partial`; the same command goes on after its last finished part of a domain.
+
+Worker processes import this module again when it is the main one: it must need neither Streaming nor torch.
 """
 
 import json
@@ -24,18 +26,16 @@ from typing import Any
 from tqdm import tqdm
 
 from llmshearing.data.encoding import WorkerDied
-from llmshearing.data.job import PROGRESS, Job
+from llmshearing.data.inputs import describe_file, find_sources
+from llmshearing.data.manifest import FORMAT, MANIFEST, read_manifest, table
 from llmshearing.data.options import Options, parser, resolve_dtype
 from llmshearing.data.packing import EVAL, EVAL_MERGE
-from llmshearing.data.sources import describe_file, find_sources
 from llmshearing.data.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 REQUEST = "request.json"
-FORMAT = "llmshearing-mds-1"
 
 
 def prepare(
@@ -49,19 +49,24 @@ def prepare(
     eos_token: str | None = None,
     progress: bool = True,
     processes: int = 1,
+    remote: str | None = None,
+    keep_local: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Prepare `output_dir` and return its manifest; `options` are the fields of `Options`.
 
-    `processes` tokenize; the result does not depend on them. If `output_dir` already holds this very result,
-    nothing is done. Raises ShearingError for bad input, an output that holds anything else, or a domain too small
-    for one sequence in a split; nothing is left behind then. If it is killed, or the disk is full, finished domains
-    stay in a hidden folder beside the output, and the same call goes on after them.
+    `processes` tokenize; the result does not depend on them. Everything is uploaded to `remote` too, part by part, the
+    manifest last; without `keep_local` the training shards are then there alone. If `output_dir` already holds this
+    very result, nothing is done. Raises ShearingError for bad input, an output that holds anything else, or a domain
+    too small for one sequence in a split; nothing is left behind then. If it is killed, or the disk is full, finished
+    parts stay in a hidden folder beside the output, and the same call goes on after them.
     """
     chosen = Options(max_seq_len=max_seq_len, **options)
     problems = chosen.problems()
     if processes < 1:
         problems.append(f"processes is {processes}; it must be at least 1")
+    if not keep_local and remote is None:
+        problems.append("without remote the shards have to be kept here; give one, or leave keep_local on")
     if problems:
         raise ShearingError("\n".join(problems))
     output = Path(output_dir)
@@ -73,16 +78,21 @@ def prepare(
     request = {
         "options": asdict(chosen),
         "tokenizer": encoder.fingerprint,
+        "remote": remote,
         "sources": _describe(Path(input_dir), sources, progress),
     }
     if existing := _existing(output, request):
         log.info("nothing to do: %s already holds this data", output)
         return existing
+    from llmshearing.data.job import PROGRESS, Job
+    from llmshearing.data.remote import Upload, UploadFailed
+
     partial = _partial(output, request)
-    job = Job(partial, sources, encoder, (tokenizer, bos_token, eos_token), chosen, dtype, processes, progress)
+    job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local)
     try:
         manifest = {"format": FORMAT, **job.run(), "request": request}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        Upload(partial, remote)([partial / MANIFEST])
         for name in (REQUEST, PROGRESS):
             (partial / name).unlink()
         partial.rename(output)  # an empty directory may be there
@@ -92,13 +102,14 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     except (OSError, sqlite3.Error) as error:
+        advice = "make room" if not isinstance(error, UploadFailed) else "see to the remote storage"
         raise ShearingError(
-            f"writing {output} failed: {error}. Finished domains are kept in {partial}; "
-            "make room and run the same command again"
+            f"writing {output} failed: {error}. Finished parts are kept in {partial}; "
+            f"{advice} and run the same command again"
         ) from error
     log.info("%s", table(manifest))
     sequences = sum(n["sequences"] for domains in manifest["splits"].values() for n in domains.values())
-    log.info("wrote %d sequences of %d tokens to %s", sequences, max_seq_len, output)
+    log.info("wrote %d sequences of %d tokens to %s", sequences, max_seq_len, remote or output)
     return manifest
 
 
@@ -137,13 +148,15 @@ def _existing(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        manifest = json.loads((output / MANIFEST).read_text())
-        found = dict(manifest["request"])
-        defaults = asdict(Options(max_seq_len=0))  # of options that are younger than the data
-        found["options"] = {**defaults, **found["options"]}
-        complete = all((output / split / d / "index.json").is_file() for split, d in _directories(manifest["splits"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ShearingError(f"output {output} exists and is not prepared data; choose another --output") from None
+        manifest = read_manifest(output)
+    except ShearingError as error:
+        raise ShearingError(
+            f"output {output} exists and is not prepared data; choose another --output\n{error}"
+        ) from None
+    defaults = asdict(Options(max_seq_len=0))  # of options that are younger than the data
+    found = {"remote": None, **manifest["request"]}
+    found["options"] = {**defaults, **found["options"]}
+    complete = all((output / split / d / "index.json").is_file() for split, d in _directories(manifest["splits"]))
     if found == request and complete:
         return manifest
     changed = [key for key in request if found.get(key) != request[key]]
@@ -156,23 +169,6 @@ def _directories(splits: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """(split, domain) of every MDS directory; the merged one has no domain."""
     found = [(split, domain) for split, domains in splits.items() for domain in domains]
     return found + [(EVAL_MERGE, "")] if EVAL in splits else found
-
-
-def table(manifest: dict[str, Any]) -> str:
-    """What is in each split and domain, as text."""
-    lines = [f"{'split':<12}{'domain':<20}{'documents':>12}{'tokens':>15}{'sequences':>12}{'bytes/token':>13}"]
-    for split, domains in manifest["splits"].items():
-        for domain, n in domains.items():
-            ratio = n["bytes"] / max(1, n["tokens"])
-            row = f"{n['documents']:>12,}{n['tokens']:>15,}{n['sequences']:>12,}{ratio:>13.2f}"
-            lines.append(f"{split:<12}{domain:<20}{row}")
-    if skipped := manifest.get("skipped"):
-        lines += [
-            f"skipped in {domain}: {n['count']:,} lines, such as {n['first'][0]}" for domain, n in skipped.items()
-        ]
-    if manifest.get("duplicates"):
-        lines += [f"duplicates left out of {domain}: {n:,}" for domain, n in manifest["duplicates"].items()]
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

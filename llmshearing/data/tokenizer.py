@@ -6,11 +6,13 @@ text, so a document can never forge the BOS and EOS that `prepare` puts around i
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshearing.data.codec import as_plain_text, load_file
 from llmshearing.errors import ShearingError
 
 # BOS, EOS of widely used models, tried in this order where a bare tokenizer.json does not say which they are
@@ -24,14 +26,26 @@ COMMON_PAIRS = (
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """`encode` maps texts to lists of ids (no BOS, no EOS); ids are below `vocab_size`."""
+    """Maps texts to ids below `vocab_size`. Travels to other processes without its files."""
 
-    encode: Callable[[list[str]], list[list[int]]]
+    backend: Any
+    """tokenizers' Tokenizer or sentencepiece's SentencePieceProcessor."""
     bos_id: int
     eos_id: int
     vocab_size: int
     fingerprint: str
     """SHA-256 of everything that decides the ids."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without BOS and EOS. On all cores, or on one where TOKENIZERS_PARALLELISM is false."""
+        if hasattr(self.backend, "encode_batch_fast"):
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+        return self.backend.encode(texts, out_type=int, num_threads=threads)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        as_plain_text(self.backend)  # which does not travel with it
 
 
 def load_tokenizer(path: Path | str, bos_token: str | None = None, eos_token: str | None = None) -> TextTokenizer:
@@ -64,9 +78,7 @@ def load_decoder(path: Path | str) -> Callable[[list[int]], str]:
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         path = path / "tokenizer.model"
     if path.suffix == ".model" and path.is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        return SentencePieceProcessor(model_file=str(path)).decode
+        return load_file(path).decode
     backend = _from_json(path / "tokenizer.json" if path.is_dir() else path)[0]
     return lambda ids: backend.decode(ids, skip_special_tokens=False)
 
@@ -84,12 +96,7 @@ def _from_directory(path: Path) -> tuple[Any, str | None, str | None]:
 
 
 def _from_json(path: Path) -> tuple[Any, str | None, str | None]:
-    from tokenizers import Tokenizer
-
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ShearingError(f"tokenizer {path} cannot be loaded: {error}") from error
+    backend = load_file(path)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path.parent / name).is_file():
             names = json.loads((path.parent / name).read_text())
@@ -108,25 +115,14 @@ def _content(token: Any) -> str | None:
 
 def _from_backend(path: Path, backend: Any, bos: str | None, eos: str | None) -> TextTokenizer:
     bos_id, eos_id = _special_ids(path, backend.token_to_id, bos, eos)
-    backend.no_truncation()
-    backend.no_padding()
+    as_plain_text(backend)
     fingerprint = _fingerprint(backend.to_str().encode(), bos_id, eos_id)
-    backend.encode_special_tokens = True  # i.e. as the characters they are made of
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
-    return TextTokenizer(encode, bos_id, eos_id, vocab_size, fingerprint)
+    return TextTokenizer(backend, bos_id, eos_id, vocab_size, fingerprint)
 
 
 def _from_sentencepiece(path: Path, bos: str | None, eos: str | None) -> TextTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # RuntimeError or OSError by version
-        raise ShearingError(f"tokenizer {path} cannot be loaded: {error}") from error
+    model = load_file(path)
 
     def lookup(token: str) -> int | None:
         found = model.piece_to_id(token)
@@ -137,9 +133,7 @@ def _from_sentencepiece(path: Path, bos: str | None, eos: str | None) -> TextTok
 
     bos_id, eos_id = _special_ids(path, lookup, bos or own(model.bos_id()), eos or own(model.eos_id()))
     fingerprint = _fingerprint(model.serialized_model_proto(), bos_id, eos_id)
-    return TextTokenizer(
-        lambda texts: model.encode(texts, out_type=int), bos_id, eos_id, model.get_piece_size(), fingerprint
-    )
+    return TextTokenizer(model, bos_id, eos_id, model.get_piece_size(), fingerprint)
 
 
 def _special_ids(path: Path, lookup: Callable[[str], int | None], bos: str | None, eos: str | None) -> tuple[int, int]:

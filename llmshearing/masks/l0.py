@@ -71,6 +71,8 @@ class L0Masks(nn.Module):
         return self.table.kinds[kind].shape(self.table.layers)
 
     def _check(self) -> None:
+        if self.table.of_layer:
+            raise ShearingError("learned masks need layers of one size: pad the model first (llmshearing.prune.pad)")
         if (self.target is None) == (self.target_sparsity is None):
             raise ShearingError("masks need either a target shape or target_sparsity, and not both")
         if self.target_sparsity is not None and not 0 <= self.target_sparsity < 1:

@@ -21,6 +21,7 @@ from llmshearing.convert.hf import build_model, load_hf_model
 from llmshearing.convert.output import REPORT, SELECTION, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, folded_config, kept_entries
+from llmshearing.nonuniform.config import config_of
 from llmshearing.pruners import Choice
 from llmshearing.pruners.padding import padded
 from llmshearing.selection_io import save_selection
@@ -35,21 +36,14 @@ class Result:
 
 
 def folded(source: PreTrainedModel, table: Table, choice: Choice, dtype: torch.dtype, pad: bool) -> Result:
-    """The model that a choice folds to.
-
-    Raises:
-        ShearingError: it is not of one size for all layers, and is not to be padded.
-    """
-    selection = padded(table, choice.selection) if pad else choice.selection
-    try:
-        values = {**folded_config(source.config.to_dict(), table, selection), **choice.config}
-    except ShearingError as error:
-        raise ShearingError(f"{error}. --pad fills smaller layers with zeros") from error
-    config = type(source.config).from_dict(values)
+    """The model that a choice folds to; pad: in layers of one size (see `llmshearing.pruners.padding`)."""
+    values = {**folded_config(source.config.to_dict(), table, choice.selection), **choice.config}
     with torch.no_grad():
-        makers = fold_lazily(source.state_dict(), table, selection)
+        makers = fold_lazily(source.state_dict(), table, choice.selection)
         stored = {name: make().to(dtype).float() for name, make in makers}
-    return Result(build_model(stored, config, torch.float32), _generation(source, choice))
+    if pad:
+        stored, values = padded(stored, values)
+    return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice))
 
 
 def shortened(source: PreTrainedModel, table: Table, choice: Choice) -> Result:

@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 
 from llmshearing.axes import Selection, Table
 from llmshearing.errors import ShearingError
-from llmshearing.masks.l0 import selection_from_gates
 from llmshearing.pruners.base import WIDTH, Choice, Method
 from llmshearing.pruners.calibration import Calibration
 from llmshearing.pruners.depth import block_influence, drop_least, narrowed
 from llmshearing.pruners.random import keep_highest, layer_gates
+from llmshearing.pruners.targets import rows_to_cut
 
 
 def choose(
     model: PreTrainedModel,
     table: Table,
-    target: Mapping[str, int],
+    target: Mapping[str, Any],
     calibration: Calibration | None,
     *,
     drop_layers: Sequence[int] | None = None,
@@ -43,27 +43,25 @@ def choose(
     """
     if calibration is None:
         raise ShearingError("activation importance needs sequences to look at: --calibration")
-    wanted = table.units(target)
-    scores = importance(model, table, calibration)
-    gates = {
-        kind: keep_highest(score.unflatten(-1, (-1, table.kinds[kind].size)), wanted[kind]).reshape(score.shape)
-        for kind, score in scores.items()
-        if wanted[kind] < table.kinds[kind].size
+    cut, scores = rows_to_cut(table, target), importance(model, table, calibration)
+    units = {
+        name: tuple(
+            keep_highest(score, kind.rows or 1, number)
+            for score, (kind, number) in zip(scores[name], rows, strict=True)
+        )
+        for name, rows in cut.items()
     }
-    about: dict[str, Any] = {"scores": {kind: score.tolist() for kind, score in scores.items() if kind in gates}}
+    about: dict[str, Any] = {"scores": {name: [score.tolist() for score in scores[name]] for name in cut}}
     if drop_layers is None and target[table.layers_key] < table.layers:
-        with narrowed(model, table, selection_from_gates(table, gates)):
+        with narrowed(model, table, Selection(units)):
             influence = block_influence(model, calibration)
         drop_layers = drop_least(influence, table.layers - target[table.layers_key])
         about["block_influence"] = influence.tolist()
-    if drop_layers is not None:
-        gates["layer"] = layer_gates(table.layers, drop_layers)
-    selection: Selection = selection_from_gates(table, gates)
-    return Choice(selection, about)
+    return Choice(Selection(units, layer_gates(table.layers, drop_layers)), about)
 
 
-def importance(model: PreTrainedModel, table: Table, calibration: Calibration) -> dict[str, Tensor]:
-    """kind -> score of each unit, float64 on the CPU, in the shape of :meth:`llmshearing.axes.Kind.shape`."""
+def importance(model: PreTrainedModel, table: Table, calibration: Calibration) -> dict[str, list[Tensor]]:
+    """kind -> score [n] of its units in each layer (once, for units that all layers share), float64 on the CPU."""
     squares: dict[tuple[str, int | None, str], Tensor] = {}  # (kind, layer, module) -> sum of squares [C]
     hooks = [
         hook
@@ -105,15 +103,14 @@ def _watch(module: nn.Module, squares: dict[Any, Tensor], key: tuple[str, int | 
     return module.register_forward_pre_hook(before) if reads else module.register_forward_hook(after)
 
 
-def _scores(table: Table, squares: Mapping[tuple[str, int | None, str], Tensor]) -> dict[str, Tensor]:
-    scores: dict[str, Tensor] = {}
-    for (name, layer, _), square in squares.items():
-        kind = table.kinds[name]
-        if kind.rows is None:
-            scores[name] = scores.get(name, torch.zeros(kind.size, dtype=torch.float64)) + square.sqrt()
+def _scores(table: Table, squares: Mapping[tuple[str, int | None, str], Tensor]) -> dict[str, list[Tensor]]:
+    scores: dict[str, list[Tensor]] = {}
+    for (name, layer, _), square in sorted(squares.items(), key=lambda item: item[0][1] or 0):
+        kind = table.at_layer(layer).kinds[name]
+        if kind.rows is not None:
+            scores.setdefault(name, []).append(square.view(kind.rows * kind.size, -1).sum(-1).sqrt())
         else:
-            units = square.view(kind.rows * kind.size, -1).sum(-1).sqrt()
-            scores.setdefault(name, torch.zeros(kind.shape(table.layers), dtype=torch.float64))[layer] = units
+            scores[name] = [scores[name][0] + square.sqrt() if name in scores else square.sqrt()]
     return scores
 
 

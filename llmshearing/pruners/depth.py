@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.axes import BLOCKS, Selection, Table
+from llmshearing.axes import Selection, Table
 from llmshearing.errors import ShearingError
 from llmshearing.gating import attach, detach
 from llmshearing.pruners.base import Choice, Method
@@ -59,8 +59,7 @@ def choose(
         number = len(decoder.layers) - target[layer_num_field]
         drop_layers, scores = _by(by, decoder, calibration, number)
         about = {"by": by, "scores": scores}
-    gates = layer_gates(len(decoder.layers), drop_layers)
-    selection = Selection(blocks=dict.fromkeys(BLOCKS, gates))
+    selection = Selection(blocks=layer_gates(len(decoder.layers), drop_layers))
     return Choice(selection, {**about, "drop_layers": sorted(drop_layers), "model_decoder_layers": decoder.path})
 
 

@@ -29,6 +29,7 @@ from llmshearing.pruners.calibration import Calibration
 from llmshearing.pruners.linalg import damped_inverse, remove_units
 from llmshearing.pruners.obs_layers import hidden_states
 from llmshearing.pruners.obs_plan import STRATEGIES, UNIFORM, check_options, layer_counts
+from llmshearing.pruners.targets import Size, rows_to_cut
 
 # Sizes of the first and of the last groups of intermediate units.
 LARGEST, SMALLEST = 1024, 8
@@ -68,7 +69,7 @@ def projections(table: Table) -> list[Projection]:
 def choose(
     model: PreTrainedModel,
     table: Table,
-    target: Mapping[str, int],
+    target: Mapping[str, Size],
     calibration: Calibration | None,
     *,
     percdamp: float = 0.01,
@@ -97,7 +98,7 @@ def choose(
     kept: dict[str, dict[int, Tensor]] = {kind: {} for kind in counts}
     with hidden_states(model, table, calibration, maxlayer, offload) as running:
         for number in tqdm(range(maxlayer), desc="OBS", unit="layer"):
-            for projection in projections(table):
+            for projection in projections(table.at_layer(number)):
                 if remove := counts.get(projection.kind.name, {}).get(number, 0):
                     linear = projection.linear(model, number)
                     hessian = running.hessian(number, linear)
@@ -110,31 +111,32 @@ def choose(
 
 
 def _counts(
-    table: Table, target: Mapping[str, int], layers: Sequence[int], strategy: str, min_ratio: float | None
+    table: Table, target: Mapping[str, Size], layers: Sequence[int], strategy: str, min_ratio: float | None
 ) -> dict[str, dict[int, int]]:
-    """kind -> layer -> units to remove of each of its rows; kinds that the target cuts only."""
-    source, wanted = table.shape(), table.units(target)
-    prunable = {projection.kind.name for projection in projections(table)}
-    other = [key for key, value in target.items() if value != source[key] and _kind(table, key) not in prunable]
+    """kind -> layer -> units to remove of each of its rows; kinds that the target cuts only.
+
+    Raises:
+        ShearingError: the target cuts something else, or ratios that rise with depth meet sizes that differ already.
+    """
+    other = [key for key, size in target.items() if key not in WIDTH and size != table.shape()[key]]
     if other:
         raise ShearingError(f"obs cannot change {', '.join(other)}: prune these by another method before or after")
     counts = {}
-    for kind in sorted(prunable):
-        size = table.kinds[kind].size
-        if wanted[kind] < size:
-            of_layer = layer_counts(strategy, size, size - wanted[kind], len(layers), min_ratio)
-            counts[kind] = dict(zip(layers, of_layer, strict=True))
+    for name, rows in rows_to_cut(table, target).items():
+        asked = [(rows[layer][0].size, rows[layer][0].size - rows[layer][1]) for layer in layers]
+        if len(set(asked)) == 1:
+            of_layer = layer_counts(strategy, *asked[0], len(layers), min_ratio)
+        elif strategy == UNIFORM:
+            of_layer = [remove for _, remove in asked]
+        else:
+            raise ShearingError(f"ratios {strategy} need layers of one size and one target; {name}: {asked}")
+        counts[name] = dict(zip(layers, of_layer, strict=True))
     return counts
 
 
-def _kind(table: Table, key: str) -> str | None:
-    """Kind of unit that a key of the config counts; keys and values follow the heads."""
-    return table.axes[table.config_axes[key][0]].kind if key in table.config_axes else None
-
-
-def _units(table: Table, kind: str, layer: int, kept: Mapping[int, Tensor]) -> Units:
-    whole = torch.arange(table.kinds[kind].size * (table.kinds[kind].rows or 1))
-    return Units(kept.get(layer, whole).cpu())
+def _units(table: Table, name: str, layer: int, kept: Mapping[int, Tensor]) -> Units:
+    kind = table.at_layer(layer).kinds[name]
+    return Units(kept.get(layer, torch.arange(kind.size * (kind.rows or 1))).cpu())
 
 
 def _prune(

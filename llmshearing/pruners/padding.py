@@ -1,38 +1,70 @@
-"""Selections of different sizes by layer -> one size, by closed units: exact in a uniform model, but nothing is saved.
+"""Zero padding: layers of different sizes -> layers of one size that compute the same. Exact, but nothing is saved.
 
-A closed unit that stays has gate 0, so the fold writes zeros where it would be read from.
+Every dimension of a tensor is [rows, units of a row, elements of a unit], and rows and units grow at their ends:
+
+    intermediate   [1, f_l, 1]                       ->  [1, max f, 1]
+    query          [groups_l, repeat_l, head_dim]    ->  [max groups, max repeat, head_dim]
+    kv             [1, 1, groups_l head_dim]         ->  [1, 1, max groups head_dim]
+
+Units that read zeros or are multiplied by zeros add nothing: those of down_proj's and o_proj's new columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from llmshearing.axes import Kind, Selection, Table, Units
+from llmshearing.axes import Table
+from llmshearing.families import table_for
+from llmshearing.nonuniform.config import config_of, config_with_sizes
 
-
-def padded(table: Table, selection: Selection) -> Selection:
-    """Give every kept layer the size of the largest, kind by kind. Unchanged where the sizes agree."""
-    kept = selection.kept_layers(table.layers)
-    units = dict(selection.units)
-    for name, rows in selection.units.items():
-        kind = table.kinds[name]
-        if kind.rows is not None and kept:
-            width = max(len(rows[layer].index) for layer in kept) // kind.rows
-            units[name] = tuple(_widened(row, kind, width) for row in rows)
-    return replace(selection, units=units)
+View = tuple[int, int, int]
 
 
-def _widened(row: Units, kind: Kind, width: int) -> Units:
-    """At least ``width`` units in each group of a row: open ones, and the first of the closed ones with gate 0."""
-    groups = kind.rows or 1
-    if len(row.index) >= width * groups:
-        return row
-    ones = torch.ones(len(row.index), device=row.index.device)
-    gate = row.gate if row.gate is not None else ones
-    full = torch.zeros(groups * kind.size, dtype=gate.dtype, device=gate.device).scatter(0, row.index, gate)
-    closed = torch.ones_like(full).scatter(0, row.index, 0.0).view(groups, -1)
-    order = closed.argsort(dim=-1, stable=True)[:, :width].sort(-1).values
-    index = (order + torch.arange(groups, device=order.device)[:, None] * kind.size).flatten()
-    return Units(index, full[index])
+def padded(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and config of the uniform model, in the sizes of the largest; unchanged where all layers agree."""
+    small = _table(config)
+    if not small.of_layer:
+        return dict(weights), dict(config)
+    wide = config_with_sizes(config, [_largest_shape(small)])
+    large = _table(wide)
+    result: dict[str, Tensor] = {}
+    for name, spec, layer in small.instances():
+        tensor = weights[name]
+        for dim, axis in reversed(list(enumerate(spec.axes))):
+            tensor = _grown(tensor, dim, _view(small, axis, layer), _view(large, axis, layer))
+        result[name] = result[spec.alias] if spec.alias is not None else tensor
+    return result, wide
+
+
+def _table(config: Mapping[str, Any]) -> Table:
+    """In the mode that tells the query heads of a KV group apart, so that none comes to read another group."""
+    return table_for(config_of(config), "query")
+
+
+def _largest_shape(table: Table) -> dict[str, int]:
+    shape = {}
+    for key, (axis, per) in table.config_axes.items():
+        views = [_view(table, axis, layer) for layer in range(table.layers)]
+        shape[key] = math.prod(map(max, *views)) // per
+    return shape
+
+
+def _view(table: Table, axis_name: str, layer: int | None) -> View:
+    """The three parts of an axis in a layer."""
+    here = table.at_layer(layer)
+    axis = here.axes[axis_name]
+    if axis.kind is None:
+        return 1, 1, axis.length
+    return here.kinds[axis.kind].rows or 1, here.kinds[axis.kind].size, axis.per_unit
+
+
+def _grown(tensor: Tensor, dim: int, old: View, new: View) -> Tensor:
+    if old == new:
+        return tensor
+    full = tensor.new_zeros(*tensor.shape[:dim], *new, *tensor.shape[dim + 1 :])
+    full[(slice(None),) * dim + tuple(map(slice, old))] = tensor.unflatten(dim, old)
+    return full.flatten(dim, dim + 2)

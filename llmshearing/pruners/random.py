@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmshearing.axes import Kind, Selection, Table
+from llmshearing.axes import BLOCKS, Kind, Selection, Table, Units
 from llmshearing.errors import ShearingError
-from llmshearing.masks.l0 import selection_from_gates
 from llmshearing.pruners.base import WIDTH, Choice, Method
 from llmshearing.pruners.calibration import Calibration
+from llmshearing.pruners.targets import rows_to_cut
 
 
 def choose(
     model: PreTrainedModel | None,
     table: Table,
-    target: Mapping[str, int],
+    target: Mapping[str, Any],
     calibration: Calibration | None = None,
     *,
     seed: int = 0,
@@ -37,7 +37,7 @@ def choose(
 
 
 def random_selection(
-    table: Table, target: Mapping[str, int], seed: int = 0, tp: int = 1, drop_layers: Sequence[int] | None = None
+    table: Table, target: Mapping[str, Any], seed: int = 0, tp: int = 1, drop_layers: Sequence[int] | None = None
 ) -> Selection:
     """Seeded random units on every axis, for a shape in the config's keys; layers by number, or random ones.
 
@@ -48,34 +48,44 @@ def random_selection(
         ShearingError: the target is larger than the source on an axis, or not divisible as ``tp`` needs (all such axes
             are named).
     """
-    units, layers = table.units(target), target[table.layers_key]
-    sizes = {kind: table.kinds[kind].size for kind in units} | {"layer": table.layers}
-    wanted = {**units, "layer": layers}
-    problems = [f"{kind}: {n} of {sizes[kind]}" for kind, n in wanted.items() if not 0 < n <= sizes[kind]]
+    cut, layers = rows_to_cut(table, target), target[table.layers_key]
+    wanted = {name: {(kind.size, number) for kind, number in rows} for name, rows in cut.items()}
+    wanted["layer"] = {(table.layers, layers)}
+    problems = [f"{name}: {n} of {size}" for name, pairs in wanted.items() for size, n in pairs if not 0 < n <= size]
     if problems:
         raise ShearingError("the target does not fit the source: " + ", ".join(problems))
-    cut = {kind: number for kind, number in units.items() if number < sizes[kind]}
-    parts = {kind: _parts(table.kinds[kind], tp) for kind in cut}
-    problems = [
-        f"{kind}: {number} of {sizes[kind]} units{' of each KV group' if (table.kinds[kind].rows or 1) > 1 else ''}"
-        for kind, number in cut.items()
-        if parts[kind] == 0 or number % parts[kind] or sizes[kind] % parts[kind]
-    ]
+    problems = [say for name, rows in cut.items() for say in _unbalanced(name, rows, tp)]
     if problems or tp < 1:
-        raise ShearingError(f"tp = {tp} needs numbers that it divides, before and after: " + ", ".join(problems))
+        raise ShearingError(f"tp = {tp} needs numbers that it divides, before and after: {', '.join(problems)}")
     generator = torch.Generator().manual_seed(seed)
-    gates = {}
-    for kind, number in cut.items():
-        shape, length = table.kinds[kind].shape(table.layers), sizes[kind] // parts[kind]
-        score = torch.rand(shape, generator=generator).unflatten(-1, (-1, length))
-        gates[kind] = keep_highest(score, number // parts[kind]).reshape(shape)
-    if drop_layers is not None:
-        gates["layer"] = layer_gates(table.layers, drop_layers)
-    elif layers < table.layers:
+    units = {
+        name: tuple(
+            keep_highest(
+                torch.rand(kind.size * (kind.rows or 1), generator=generator),
+                (kind.rows or 1) * _parts(kind, tp),
+                number // _parts(kind, tp),
+            )
+            for kind, number in rows
+        )
+        for name, rows in cut.items()
+    }
+    if drop_layers is None and layers < table.layers:
         score = torch.rand(table.layers, generator=generator)
         score[[0, -1]] += 1
-        gates["layer"] = keep_highest(score, layers)
-    return selection_from_gates(table, gates)
+        kept = keep_highest(score, 1, layers).index.tolist()
+        drop_layers = [layer for layer in range(table.layers) if layer not in kept]
+    return Selection(units, layer_gates(table.layers, drop_layers))
+
+
+def _unbalanced(name: str, rows: Sequence[tuple[Kind, int]], tp: int) -> list[str]:
+    """What of a kind does not fall into equal parts."""
+    return [
+        f"{name}: {number} of {size} units{' of each KV group' if grouped else ''}"
+        for size, number, parts, grouped in dict.fromkeys(
+            (kind.size, number, _parts(kind, tp), (kind.rows or 1) > 1) for kind, number in rows
+        )
+        if parts == 0 or number % parts or size % parts
+    ]
 
 
 def _parts(kind: Kind, tp: int) -> int:
@@ -86,16 +96,17 @@ def _parts(kind: Kind, tp: int) -> int:
     return 1 if rows % tp == 0 else 0
 
 
-def keep_highest(score: Tensor, number: int) -> Tensor:
-    """1 at the ``number`` highest scores of each row [..., N], else 0."""
-    return torch.zeros_like(score).scatter_(-1, score.topk(number, dim=-1).indices, 1.0)
+def keep_highest(score: Tensor, runs: int, number: int) -> Units:
+    """The ``number`` units of highest score [n] in each of ``runs`` equal runs."""
+    best = score.view(runs, -1).topk(number, dim=-1).indices.sort(dim=-1).values
+    return Units((best + torch.arange(runs)[:, None] * (len(score) // runs)).flatten())
 
 
-def layer_gates(layers: int, drop: Sequence[int]) -> Tensor:
-    """[L]: 0 at dropped layers, else 1."""
+def layer_gates(layers: int, drop: Sequence[int] | None) -> dict[str, Tensor]:
+    """Gates [L] of all blocks: 0 at dropped layers, else 1; none where no layer is dropped."""
     gates = torch.ones(layers)
-    gates[list(drop)] = 0.0
-    return gates
+    gates[list(drop or ())] = 0.0
+    return dict.fromkeys(BLOCKS, gates) if drop else {}
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

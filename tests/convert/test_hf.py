@@ -87,7 +87,8 @@ def test_seed_commands(tmp_path: Path, source: Path, command: Callable) -> None:
 
 
 def test_comparison_sees_a_difference_in_one_value(tmp_path: Path, source: Path, main: Callable) -> None:
-    weights, config = load_hf_weights(source)
+    lazy, config = load_hf_weights(source)
+    weights = dict(lazy)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
     file = save_checkpoint(tmp_path / "x.pt", weights, CheckpointInfo(config.to_dict()))
     result = main("test_composer_hf_eq", source, file, "--sequences", "2", "--length", "16")
@@ -171,7 +172,7 @@ def test_a_foreign_or_incomplete_model_is_refused(tmp_path: Path, make_model: Ca
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file({**tensors, "extra": torch.ones(1)}, tmp_path / "a" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ShearingError, match=r"missing keys: model\.norm\.weight.*unexpected keys: extra"):
+    with pytest.raises(ShearingError, match=r"(?s)model\.norm\.weight: missing.*extra: has no row"):
         hf_to_checkpoint(tmp_path / "a", tmp_path / "b.pt")
     with pytest.raises(ShearingError, match=r"model\.norm\.weight: missing"):
         write_hf_directory(tensors, make_model("mha").config, tmp_path / "c")

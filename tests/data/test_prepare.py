@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
-from llmshearing.data import job
-from llmshearing.data.encoding import WorkerDied, encode_in_order
+from llmshearing.data import job, sources
+from llmshearing.data.encoding import Encoders, Recipe, WorkerDied
 from llmshearing.data.inspect import main as inspect_main
-from llmshearing.data.packing import Packer, split_of
-from llmshearing.data.prepare import main, prepare, table
+from llmshearing.data.manifest import table
+from llmshearing.data.packing import Documents, Packer, split_of
+from llmshearing.data.prepare import main, prepare
+from llmshearing.data.sources import Chunk, Lines, Place
 from llmshearing.data.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
 
@@ -120,20 +122,25 @@ def test_larger_fractions_only_add_to_evaluation(text, seed, small, more):
         assert split_of(text, seed, small + more, 0.1) == "eval"
 
 
-@given(st.lists(st.lists(st.integers(2, 50), max_size=30), min_size=1, max_size=12), st.integers(1, 5))
-def test_packing_does_not_depend_on_batches(encoded, batch):
-    class Memory(list):
-        def write(self, sample):
-            self.append(sample["tokens"].tolist())
+@given(
+    st.lists(st.lists(st.integers(2, 50), max_size=30), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.sampled_from([None, 1, 3]),
+)
+def test_packing_does_not_depend_on_chunks(encoded, batch, limit):
+    def documents(some):
+        flat = np.array([token for ids in some for token in [0, *ids, 1]], np.uint16)
+        return Documents(flat, np.array([len(ids) + 2 for ids in some]), np.zeros(len(some), int))
 
-    whole, parts = Memory(), Memory()
-    Packer("a", [whole], 7, "uint16", 0, 1, None).add([""] * len(encoded), encoded)
-    packer = Packer("a", [parts], 7, "uint16", 0, 1, None)
+    parts = []
+    packer = Packer(lambda sequence: parts.append(sequence.tolist()), 7, "uint16", limit)
     for i in range(0, len(encoded), batch):
-        packer.add([""] * len(encoded[i : i + batch]), encoded[i : i + batch])
-    flat = [token for ids in encoded for token in [0, *ids, 1]]
-    assert whole == parts == [flat[i : i + 7] for i in range(0, len(flat) - 6, 7)]
-    assert packer.tokens == len(flat)
+        packer.add(documents(encoded[i : i + batch]))
+    flat = documents(encoded).tokens.tolist()
+    assert parts == [flat[i : i + 7] for i in range(0, len(flat) - 6, 7)][:limit]
+    ends = np.cumsum([len(ids) + 2 for ids in encoded])
+    needed = len(encoded) if limit is None else min(len(encoded), int(np.searchsorted(ends, 7 * limit)) + 1)
+    assert (packer.documents, packer.tokens) == (needed, ends[needed - 1])
 
 
 # ---- tokenizers
@@ -348,27 +355,31 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow  # each process imports the package
 def test_processes_change_no_byte(tmp_path, corpus, prepared, tokenizer_file, monkeypatch):
     monkeypatch.setattr(job, "BYTES_PER_PROCESS", 1)
-    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(sources, "CHUNK", 2000)
+    monkeypatch.setattr(sources, "PIECE", 300)
     prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, processes=3, **FRACTIONS)
     assert contents(tmp_path / "out") == contents(prepared)
 
 
 @pytest.mark.slow
 def test_a_killed_tokenization_process_is_one_error(tmp_path, corpus, tokenizer_file):
-    loaded = load_tokenizer(tokenizer_file)
-    batches = encode_in_order([["a"]] * 50, lambda b: b, loaded, (tokenizer_file, None, None), 1 + 1)
-    next(batches)
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(WorkerDied, match="was killed"):
-        list(batches)
+    chunk = Chunk(Lines("a", 1, b'{"text": "a"}'), 13, Place())
+    recipe = Recipe(load_tokenizer(tokenizer_file), "text", "uint16", 0, 0.0, 1.0, False)
+    with pytest.raises(WorkerDied, match="was killed"), Encoders(recipe, 2) as encoders:
+        results = encoders.in_order([chunk] * 50, lambda: frozenset(["for_prune"]))
+        next(results)
+        for child in multiprocessing.active_children():
+            child.kill()
+        list(results)
 
 
 @pytest.mark.parametrize("at", [1, 5, 9, 14])
 def test_a_killed_run_goes_on_and_ends_bit_identical(
     tmp_path, corpus, prepared, tokenizer_file, at, caplog, monkeypatch
 ):
-    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 40)
+    monkeypatch.setattr(sources, "CHUNK", 2000)
+    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(job, "PART", 4000)
 
     def killed() -> None:
         calls = iter(range(1000))

@@ -1,7 +1,7 @@
 """The tables of families like LLaMA have every tensor of transformers' own models, and count them right."""
 
 import pytest
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from llmshearing.families import table_for
 
@@ -17,7 +17,7 @@ SIZES = {
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("config", [Qwen2Config, MistralConfig])
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, MistralConfig])
 def test_table_and_state_dict_agree(config, tied, groups):
     model = AutoModelForCausalLM.from_config(config(**SIZES, num_key_value_heads=groups, tie_word_embeddings=tied))
     table = table_for(model.config)

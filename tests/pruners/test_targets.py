@@ -31,6 +31,21 @@ def test_heads_follow(table, wanted, heads, mode):
     assert target.head_mode == mode
 
 
+@pytest.mark.parametrize(
+    ("table", "wanted", "heads", "groups", "mode"),
+    [
+        (MHA, {"num_attention_heads": [4, 3, 1]}, [4, 3, 1], [4, 3, 1], "group"),
+        (GQA, {"num_key_value_heads": [2, 1, 1]}, [4, 2, 2], [2, 1, 1], "group"),
+        (GQA, {"num_attention_heads": [4, 2, 2]}, [4, 2, 2], 2, "query"),
+        (GQA, {"num_attention_heads": [2, 2, 2]}, 2, 2, "query"),
+    ],
+)
+def test_a_list_is_of_each_layer(table, wanted, heads, groups, mode):
+    target = resolve_target(wanted, table, RANDOM)
+    assert (target.shape["num_attention_heads"], target.shape["num_key_value_heads"]) == (heads, groups)
+    assert target.head_mode == mode
+
+
 def test_dropped_layers_set_the_number():
     target = resolve_target({"drop_layers": [1]}, MHA, DEPTH)
     assert target.shape["num_hidden_layers"] == 2 and target.drop_layers == [1]
@@ -67,6 +82,10 @@ def test_a_ratio_of_layers():
         (RANDOM, {"ratio": 1.5}, ["above 0 and below 1"]),
         (RANDOM, {"ratio": 0.5, "hidden_size": 3}, ["cannot be combined"]),
         (RANDOM, {"hidden_size": True}, ["whole number"]),
+        (RANDOM, {"hidden_size": [3, 3, 3]}, ["whole number from 1 to the source's 12"]),
+        (RANDOM, {"intermediate_size": [3, 3]}, ["or a list of 3 such numbers"]),
+        (RANDOM, {"intermediate_size": [3, 3, 11]}, ["1 to the source's 10"]),
+        (RANDOM, {"num_attention_heads": [2, 2, 4], "num_key_value_heads": [1, 2, 2]}, ["do one first"]),
     ],
 )
 def test_bad_targets_say_what_would_be_right(method, wanted, says):

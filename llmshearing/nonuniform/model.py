@@ -1,0 +1,35 @@
+"""The causal LM of a non-uniform config: the family's own from transformers, with each layer made in its own size."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llmshearing.nonuniform.config import CLASS, NonUniformConfig
+
+
+class NonUniformForCausalLM(PreTrainedModel):
+    """Mixed into a family's causal LM, whose decoder is ``self.model.layers``."""
+
+    def __init__(self, config: NonUniformConfig) -> None:
+        super().__init__(config)  # layers of the largest size: nothing while loading, which builds on the meta device
+        layer_class = type(self.model.layers[0])
+        self.model.layers = nn.ModuleList(
+            [layer_class(config.of_layer(layer), layer) for layer in range(config.num_hidden_layers)]
+        )
+        self.post_init()
+
+
+def register(config_class: type[NonUniformConfig]) -> None:
+    """Make the model of a config's class known to `AutoModelForCausalLM`, once."""
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING or config_class.__mro__[1] is not NonUniformConfig:
+        return
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[config_class.__mro__[2]]
+    name = CLASS + family.__name__
+    globals()[name] = type(
+        name,
+        (NonUniformForCausalLM, family),
+        {"__module__": __name__, "config_class": config_class, "__doc__": __doc__},
+    )
+    AutoModelForCausalLM.register(config_class, globals()[name])

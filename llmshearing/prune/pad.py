@@ -1,0 +1,62 @@
+"""A model whose layers differ in size -> a plain one: `python -m llmshearing.prune.pad --model DIR --output DIR`.
+
+The result computes the same and loads without this package; all of its layers are as large as the largest was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmshearing.convert.export import write_hf_directory
+from llmshearing.convert.hf import load_hf_weights
+from llmshearing.convert.output import check_directory
+from llmshearing.errors import ShearingError
+from llmshearing.nonuniform.config import NonUniformConfig, config_of
+from llmshearing.pruners.padding import padded
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = "example: python -m llmshearing.prune.pad --model out/obs --output out/obs-plain"
+
+
+def pad(model: Path | str, output: Path | str, *, overwrite: bool = False) -> Path:
+    """Write the uniform model.
+
+    Raises:
+        ShearingError: the model cannot be loaded, its layers agree already, or the output is in use.
+    """
+    check_directory(Path(output), overwrite)
+    weights, config = load_hf_weights(model)
+    if not isinstance(config, NonUniformConfig):
+        raise ShearingError(f"{model} has layers of one size already (model_type {config.model_type})")
+    stored, values = padded(weights, config.to_dict())
+    return write_hf_directory(
+        stored, config_of(values), output, tokenizer=model, tokenizer_required=False, overwrite=overwrite
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(
+        prog="python -m llmshearing.prune.pad",
+        description="Fill the smaller layers of a non-uniform model with zeros: the same function as a plain model.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face directory of a non-uniform model")
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    try:
+        pad(**vars(parser.parse_args(argv)))
+    except (ShearingError, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Before a run goes on: find its newest checkpoint that is whole, set damaged ones aside, let `latest` lead there.
+
+Composer's own loading takes a checkpoint with missing or foreign keys, and unpickles it; here the first rank reads the
+file first, as plain data, and compares its keys with the run's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+
+from llmshearing import durable
+from llmshearing.callbacks.saver import CHECKSUMS, WRITING, sha256
+from llmshearing.checkpoint import read_checkpoint
+from llmshearing.config import Config
+from llmshearing.errors import ShearingError
+from llmshearing.masks.l0 import L0Masks
+from llmshearing.source import Source
+from llmshearing.storage.torch_file import plain_types
+
+log = logging.getLogger(__name__)
+
+DAMAGED = ".damaged"
+# What the state of a run holds beside its model; a converted checkpoint has none of it.
+TRAINING = ("optimizers", "schedulers", "timestamp", "dataset_state", "callbacks")
+SHARDED = "ep{epoch}-ba{batch}"  # Composer's name for the folder of a sharded checkpoint
+
+
+# Plain data ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_data_only(trust: bool = False) -> Iterator[None]:
+    """Within the block ``torch.load`` accepts plain data alone, also where Composer asks it to unpickle anything.
+
+    trust: leave torch and Composer as they are.
+
+    Raises:
+        ShearingError: a file holds anything else.
+    """
+    if trust:
+        yield
+        return
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(plain_types()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise ShearingError(
+            f"the checkpoint holds more than plain data, and loading that may run any code: {_first_line(error)}. "
+            "Only if you made it yourself: trust_checkpoint=true"
+        ) from error
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def load_plain(path: Path) -> Any:
+    """The content of a checkpoint file, tensors mapped from it."""
+    with plain_data_only():
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+
+
+def check_load_path(cfg: Config, path: Path) -> None:
+    """Refuse a checkpoint that is not this run's own and could run code when Composer loads it.
+
+    Raises:
+        ShearingError: it is damaged, holds more than plain data, or is a folder (whose index is a pickle).
+    """
+    own = cfg.save_folder is not None and Path(cfg.save_folder).resolve() in path.resolve().parents
+    if own or cfg.trust_checkpoint:
+        return
+    if path.is_dir():
+        raise ShearingError(
+            f"load_path = {path} is a sharded checkpoint from outside save_folder: its index is a pickle, and loading "
+            "it may run any code. Only if you made it yourself: trust_checkpoint=true"
+        )
+    read_checkpoint(path)
+    load_plain(path)
+
+
+# The newest whole checkpoint -------------------------------------------------------------------------------------
+
+
+def prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
+    """What ``autoresume`` will go on from, the same on all ranks; None: nothing was saved yet. The first rank works.
+
+    Raises:
+        ShearingError: checkpoints are there but none is whole, or the newest is of another model.
+    """
+    if not cfg.autoresume or cfg.save_folder is None:
+        return None
+    answer: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer[0] = _prepare(cfg, source, masks)
+        except ShearingError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    found, problem = answer
+    if problem is not None:
+        raise ShearingError(problem)
+    return found
+
+
+def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
+    folder = Path(cfg.save_folder or "")
+    shutil.rmtree(folder / WRITING, ignore_errors=True)  # of a save that was cut short
+    candidates = checkpoints(folder, cfg.save_filename)
+    for path in candidates:
+        try:
+            verify(path)
+        except ShearingError as error:
+            aside = _set_aside(path)
+            log.error("%s; it is kept as %s, and the one before it is used", error, aside.name)
+            continue
+        check_same_run(path, source, masks)
+        durable.point(folder / cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0), path)
+        return path
+    if candidates:
+        raise ShearingError(
+            f"autoresume: none of the {len(candidates)} checkpoints in {folder} is whole (see above; they are kept "
+            f"as *{DAMAGED}). Give load_path=<another checkpoint>, or another save_folder to begin anew"
+        )
+    return None
+
+
+def checkpoints(folder: Path, filename: str) -> list[Path]:
+    """Files of ``filename``'s pattern, and folders of sharded checkpoints, newest (by batch) first."""
+    patterns = [name_pattern(filename), name_pattern(SHARDED)]
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        for pattern, is_kind in zip(patterns, (path.is_file(), path.is_dir()), strict=True):
+            if is_kind and not path.is_symlink() and (match := pattern.fullmatch(path.name)):
+                found.append((int(match["batch"]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def name_pattern(template: str) -> re.Pattern[str]:
+    """What Composer's placeholders in a name may become; ``batch`` is a group."""
+    parts = []
+    for text, field, _, _ in string.Formatter().parse(template):
+        parts.append(re.escape(text))
+        if field is not None:
+            parts.append(r"(?P<batch>\d+)" if field == "batch" else "[^/]*")
+    return re.compile("".join(parts))
+
+
+def verify(path: Path) -> None:
+    """Read a checkpoint whole, and see that it is the state of a training run.
+
+    Raises:
+        ShearingError: damaged, cut short, empty, or something else.
+    """
+    if path.is_dir():
+        _verify_folder(path)
+        return
+    read_checkpoint(path)
+    state = load_plain(path)["state"]
+    if missing := [key for key in TRAINING if key not in state]:
+        raise ShearingError(f"checkpoint {path} is not the state of a training run: it has no {', '.join(missing)}")
+
+
+def _verify_folder(path: Path) -> None:
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        wrong = [name for name, (size, _) in sums.items() if (path / name).stat().st_size != size]
+        wrong += [name for name, (_, digest) in sums.items() if not wrong and sha256(path / name) != digest]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ShearingError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+    if wrong or ".metadata" not in sums:
+        raise ShearingError(f"checkpoint {path} is damaged: checksum of {', '.join(wrong) or '.metadata'} is wrong")
+
+
+def check_same_run(path: Path, source: Source, masks: L0Masks | None) -> None:
+    """Every key of model and optimizer, strictly; a sharded folder is compared as it is loaded.
+
+    Raises:
+        ShearingError: the checkpoint is another run's.
+    """
+    if path.is_dir():
+        return
+    state = load_plain(path)["state"]
+    tensors = {name.removeprefix("module."): tuple(value.shape) for name, value in state["model"].items()}
+    wanted = {f"model.{name}": source.table.tensor_shape(spec) for name, spec, _ in source.table.instances()}
+    tied = {f"model.{name}" for name, spec, _ in source.table.instances() if spec.alias is not None}
+    if masks is not None:
+        wanted |= {f"masks.{name}": tuple(value.shape) for name, value in masks.state_dict().items()}
+    differ = [name for name in sorted({*wanted, *tensors} - tied) if wanted.get(name) != tensors.get(name)]
+    trained = {name for optimizer in state["optimizers"].values() for name in optimizer["state"]}
+    differ += sorted(trained.symmetric_difference(set(wanted) - tied)) if not differ and trained else []
+    if differ:
+        first = differ[0]
+        raise ShearingError(
+            f"autoresume: {path} is of another run: {len(differ)} tensors differ, such as {first} of shape "
+            f"{tensors.get(first, 'none')}, here {wanted.get(first, 'none')}. Give this run a save_folder of its "
+            "own, or the configuration that the checkpoint was made with"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename, so that neither we nor Composer take it for a checkpoint; never over an earlier one."""
+    number, aside = 1, path.with_name(path.name + DAMAGED)
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"{path.name}{DAMAGED}.{number}")
+    path.rename(aside)
+    return aside
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,153 @@
+"""Files of torch.save and of safetensors, written tensor by tensor. The formats are theirs, the order of work is ours.
+
+torch.save and safetensors' save_file want every tensor at once. Here the header is written from shapes and dtypes, then
+one tensor after another is made, written and let go.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from llmshearing.errors import ShearingError
+from llmshearing.storage.files import new_file
+from llmshearing.storage.lazy import LazyTensor
+
+# dtype -> the class that torch.save names for its storage, and safetensors' name.
+DTYPES: dict[torch.dtype, tuple[Any, str]] = {
+    torch.float64: (torch.DoubleStorage, "F64"),
+    torch.float32: (torch.FloatStorage, "F32"),
+    torch.float16: (torch.HalfStorage, "F16"),
+    torch.bfloat16: (torch.BFloat16Storage, "BF16"),
+    torch.int64: (torch.LongStorage, "I64"),
+    torch.int32: (torch.IntStorage, "I32"),
+    torch.int16: (torch.ShortStorage, "I16"),
+    torch.int8: (torch.CharStorage, "I8"),
+    torch.uint8: (torch.ByteStorage, "U8"),
+    torch.bool: (torch.BoolStorage, "BOOL"),
+}
+ALIGNMENT = 64  # of records, as torch.save aligns them: torch.load(mmap=True) uses them where they stand
+_ZIP_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of a zip record's local header without names, and of its 64-bit sizes
+
+
+def write_torch_file(path: Path, values: Any, progress: Callable[[], object] | None = None) -> Path:
+    """Write values with :class:`LazyTensor` in them as torch.save writes the tensors; `torch.load` reads them.
+
+    Args:
+        progress: called after each tensor.
+
+    Raises:
+        ShearingError: the file cannot be written, or a tensor's dtype has no place in it.
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(values)
+    with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _record(file, archive, "data.pkl", buffer.getvalue())
+        _record(file, archive, "byteorder", sys.byteorder.encode())
+        for tensor, key in pickler.keys.items():
+            _record(file, archive, f"data/{key}", raw(tensor))
+            if progress is not None:
+                progress()
+        _record(file, archive, "version", b"3\n")
+    return path
+
+
+class _Storage:
+    """Stands in the pickle for the bytes of a tensor."""
+
+    def __init__(self, tensor: LazyTensor, key: str) -> None:
+        elements = tensor.nbytes // tensor.dtype.itemsize
+        self.id = ("storage", _names(tensor.dtype)[0], key, "cpu", elements)
+
+
+class _Pickler(pickle.Pickler):
+    """Plain values as they are; a lazy tensor as torch.save writes the contiguous tensor that it will be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, protocol=2)
+        self.keys: dict[LazyTensor, str] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        return value.id if isinstance(value, _Storage) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, LazyTensor):
+            return NotImplemented
+        storage = _Storage(value, self.keys.setdefault(value, str(len(self.keys))))
+        strides = torch.empty(value.shape, device="meta").stride()
+        hooks: Any = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, value.shape, strides, False, hooks)
+
+
+def _record(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    record = zipfile.ZipInfo(f"archive/{name}")
+    start = file.tell() + _ZIP_HEADER + len(record.filename) + _ZIP64_EXTRA + 4
+    padding = -start % ALIGNMENT
+    record.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(record, "w", force_zip64=True) as opened:
+        opened.write(data)
+
+
+def raw(tensor: LazyTensor) -> memoryview:
+    """Make a tensor; its bytes, in order.
+
+    Raises:
+        ShearingError: it is not of the shape and dtype that were told before.
+    """
+    value = tensor.make()
+    if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
+        raise ShearingError(
+            f"a tensor of {list(tensor.shape)} {tensor.dtype} was announced, {list(value.shape)} {value.dtype} was made"
+        )
+    return memoryview(_bytes(value).numpy())
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+
+
+def _names(dtype: torch.dtype) -> tuple[Any, str]:
+    if dtype not in DTYPES:
+        raise ShearingError(f"tensors of {dtype} cannot be written; convert to one of {', '.join(map(str, DTYPES))}")
+    return DTYPES[dtype]
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[], object] | None = None
+) -> Path:
+    """Write one safetensors file, in safetensors' own order: wide dtypes first (alignment), then by name.
+
+    Raises:
+        ShearingError: as :func:`write_torch_file`.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    with new_file(path) as file:
+        file.write(_safetensors_header(ordered))
+        for _, tensor in ordered:
+            file.write(raw(tensor))
+            if progress is not None:
+                progress()
+    return path
+
+
+def _safetensors_header(ordered: Iterable[tuple[str, LazyTensor]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _names(tensor.dtype)[1], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
