@@ -1,9 +1,11 @@
 """Price of a whole pruning run against the same number of dense steps.
 
     python -m benchmarks.run
+    python -m benchmarks.run --steps 30 --batch 4     smaller and sooner
 
-The published schedule in small: 20 % of the run is warm-up, then the masks settle. Random tokens: what the masks do
-then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is timed in between.
+The published schedule in small: the target rises during the first 20 % of the run, then the masks settle. Random tokens:
+what the masks do then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is
+timed in between.
 """
 
 from __future__ import annotations
@@ -16,47 +18,58 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import machine, save
-from benchmarks.models import config, dense, shearing
-from benchmarks.step import TARGET
+from benchmarks.common import save
+from benchmarks.models import (
+    TARGET, Contestant, add_options, autocast_dtype, config, dense, precision_note, random_tokens, shearing,
+)  # fmt: skip
+from benchmarks.plots import plot_lines
+
+WARMUP = 0.2
 
 
-def timed(step, input_ids: torch.Tensor) -> float:
+def timed(contestant: Contestant, input_ids: torch.Tensor) -> float:
     start = time.perf_counter()
-    step(input_ids)
+    contestant.step(input_ids)
     return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--every", type=int, default=5, help="shearing steps for each dense step")
+    parser.add_argument("--every", type=int, default=10, help="shearing steps for each dense step")
     parser.add_argument("--lag_lr", type=float, default=0.5)
     arguments = parser.parse_args()
+    autocast = autocast_dtype(arguments.precision)
     torch.manual_seed(0)
     cfg = config()
-    a = dense(LlamaForCausalLM(cfg))
-    s, model = shearing(cfg, TARGET)
-    masks = model.masks
-    weights = {"params": list(model.model.parameters()), "lr": 1e-4}
-    s.optimizer = torch.optim.AdamW([weights, {"params": list(masks.parameters()), "lr": arguments.lag_lr}], fused=True)
-    ours, theirs, open_share = [], [], []
+    a = dense(LlamaForCausalLM(cfg), autocast)
+    s, model = shearing(cfg, TARGET, domains=7, autocast=autocast, lag_lr=arguments.lag_lr)
+    masks, ours, theirs, share = model.masks, [], [], []
+    timed(a, random_tokens(cfg, arguments.batch, arguments.length))  # warms up; the masks must not
     for step in tqdm(range(arguments.steps), desc="steps"):
-        masks.progress = step / (0.2 * arguments.steps)
-        input_ids = torch.randint(0, cfg.vocab_size, (16, 256))
-        ours.append(timed(s.step, input_ids))
-        open_share.append(masks.expected_parameters().item() / model.table.count(counted_only=True))
+        masks.progress = step / (WARMUP * arguments.steps)
+        input_ids = random_tokens(cfg, arguments.batch, arguments.length)
+        ours.append(timed(s, input_ids))
+        share.append(masks.expected_parameters().item() / model.table.count(counted_only=True))
         if step % arguments.every == 0:
-            theirs.append(timed(a.step, input_ids))
-    ratio = sum(ours) / (statistics.mean(theirs) * arguments.steps)
-    print(machine())
+            theirs.append(timed(a, input_ids))
+    dense_step = statistics.median(theirs)
+    ratio = sum(ours) / (dense_step * arguments.steps)
+    print(f"{arguments.steps} steps of {arguments.batch} x {arguments.length} tokens, {precision_note(autocast)}")
+    prices = []
     for tenth in range(10):
         part = slice(tenth * arguments.steps // 10, (tenth + 1) * arguments.steps // 10)
-        share = statistics.mean(open_share[part])
-        price = statistics.mean(ours[part]) / statistics.mean(theirs)
-        print(f"tenth {tenth + 1:2}: step / A {price:.3f}, open {share:.3f}")
+        prices.append(statistics.mean(ours[part]) / dense_step)
+        print(f"tenth {tenth + 1:2}: step / A {prices[-1]:.3f}, expected size {statistics.mean(share[part]):.3f}")
     print(f"whole run / the same number of A steps: {ratio:.3f}")
-    print("wrote", save("run", {"ratio": ratio, "shearing_seconds": ours, "dense_seconds": theirs, "open": open_share}))
+    tenths = [0.05 + i / 10 for i in range(10)]
+    sizes = [share[round(at * (arguments.steps - 1))] for at in tenths]
+    lines = {"shearing step / dense step": prices, "expected parameters / all": sizes}
+    print("wrote", plot_lines("run", tenths, lines, x="part of the run", y="share", title=precision_note(autocast)))
+    setting = {name: getattr(arguments, name) for name in ("batch", "length", "steps", "lag_lr")}
+    result = {"precision": precision_note(autocast), **setting, "ratio": ratio, "expected_size": share}
+    print("wrote", save("run", {**result, "shearing_seconds": ours, "dense_seconds": theirs}))
 
 
 if __name__ == "__main__":

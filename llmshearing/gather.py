@@ -8,7 +8,7 @@ the gradient of the weight is written once into zeros, and those of the gates ar
 
     M = grad_out * weight[row, column]      d row_gate = (M column_gate) scale      d column_gate = (row_gate^T M) scale
 
-Nothing but the weight and the gates is kept for the backward pass, so memory is that of the folded model.
+What is kept for the backward pass is no larger than the result, and only where a gate is multiplied in.
 
 Shape legend: weight [R, C]; row [r] and column [c] int64 without repetition, or None for all.
 """
@@ -37,9 +37,11 @@ def _scatter(part: Tensor, shape: torch.Size, row: Tensor | None, column: Tensor
     return part
 
 
-def _gated(part: Tensor, row_gate: Tensor | None, column_gate: Tensor | None) -> Tensor:
-    part = part if row_gate is None else part * row_gate[:, None]
-    return part if column_gate is None else part * column_gate
+def _gated(part: Tensor, row_gate: Tensor | None, column_gate: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``part`` [r, c] times its gates; written to ``out``, a new tensor where that is None."""
+    if row_gate is not None:
+        part = out = torch.mul(part, row_gate[:, None], out=out)
+    return part if column_gate is None else torch.mul(part, column_gate, out=out)
 
 
 class _GateAndGather(torch.autograd.Function):
@@ -53,22 +55,27 @@ class _GateAndGather(torch.autograd.Function):
         column_gate: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(weight, row, row_gate, column, column_gate)
-        return _gated(_select(weight, row, column), row_gate, column_gate).to(dtype)
+        part = _select(weight, row, column)
+        # The selected part serves the gates' gradients alone; where all is open, it is the weight.
+        kept = part if ctx.needs_input_grad[2] or ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept, row, row_gate, column, column_gate)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return _gated(part, row_gate, column_gate).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, row, row_gate, column, column_gate = ctx.saved_tensors
-        gradient = gradient.to(weight.dtype)
-        d_row = d_column = d_weight = None
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
-            product = gradient * _select(weight, row, column)
+        part, row, row_gate, column, column_gate = ctx.saved_tensors
+        gradient = gradient.to(ctx.dtype)
+        d_row = d_column = d_weight = product = None
+        if part is not None:
+            product = gradient * part
             if ctx.needs_input_grad[2]:
                 d_row = product.sum(1) if column_gate is None else product.mv(column_gate)
             if ctx.needs_input_grad[4]:
                 d_column = product.sum(0) if row_gate is None else product.T.mv(row_gate)
         if ctx.needs_input_grad[0]:
-            d_weight = _scatter(_gated(gradient, row_gate, column_gate), weight.shape, row, column)
+            gated = _gated(gradient, row_gate, column_gate, out=product)
+            d_weight = _scatter(gated, ctx.shape, row, column)
         return d_weight, None, d_row, None, d_column, None
 
 

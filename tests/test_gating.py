@@ -292,17 +292,18 @@ def test_a_selection_whose_hidden_units_were_rounded_is_not_folded():
         fold(model.state_dict(), table, selection_from_gates(table, gates, 5))
 
 
+@pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("padding", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(padding):
+def test_gradient_checkpointing_changes_no_gradient(padding, round_to):
     config = tiny_config(num_key_value_heads=2, attention_bias=True)
     gates = random_gates(config, ("hidden", "head", "intermediate"), "group", 4)
     gates["layer"] = torch.tensor([0.5, 0.0, 0.8], dtype=torch.float64)
-    case = Case(config, gates, padding=padding)
+    case = Case(config, gates, padding=padding, round_to=round_to)
     plain = check_agreement(case)
 
     model = random_model(config, case.seed).train()
     gating, gates = attach(model, table_for(config)), case.fresh_gates()
-    gating.set(selection_from_gates(gating.table, gates))
+    gating.set(selection_from_gates(gating.table, gates, round_to))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     case.loss(model(case.ids, attention_mask=case.mask).logits).backward()
     for name, parameter in model.named_parameters():

@@ -1,5 +1,9 @@
 """The chunked cross-entropy against torch's own and against finite differences."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,3 +64,26 @@ def test_bfloat16_logits_lose_no_more_than_their_own_rounding():
     got = token_losses(logits, ids)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+MEASURE = """
+import sys, torch
+from llmshearing.loss import token_losses
+torch.set_num_threads(1)
+logits = torch.zeros(1, 1024, 32_000).normal_().requires_grad_()
+ids = torch.randint(0, 32_000, (1, 1024))
+token_losses(torch.zeros(1, 8, 32_000, requires_grad=True), ids[:, :8]).mean().backward()
+def peak():
+    status = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+before = peak()
+token_losses(logits, ids).mean().backward()
+sys.stdout.write(f"{(peak() - before) / (logits.numel() * 4)}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
+def test_holds_no_second_tensor_of_the_logits_size():
+    """At vocabulary 32,000, forward and backward: a process of its own, in units of the float32 logits."""
+    ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 0.25

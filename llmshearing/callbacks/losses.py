@@ -63,12 +63,17 @@ class LossMonitor(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the batch."""
-        mean = self.metric.compute().item()
-        metrics = {"loss/train/cross_entropy": mean, "loss/train/perplexity": math.exp(min(mean, 700.0))}
-        if self.penalty is not None:
-            metrics["loss/train/lagrangian"] = self.penalty.item()
-        losses = named(self.set_names, self.metric.by_domain.tolist())  # type: ignore[union-attr]
-        metrics |= {f"loss/train/{name}": loss for name, loss in losses.items()}
+        mean = self.metric.compute()
+        penalty = [] if self.penalty is None else [self.penalty.to(mean)]
+        # One transfer from the device.
+        cross_entropy, *others = torch.cat([torch.stack([mean, *penalty]), self.metric.by_domain]).tolist()  # type: ignore[list-item]
+        metrics = {
+            "loss/train/cross_entropy": cross_entropy,
+            "loss/train/perplexity": math.exp(min(cross_entropy, 700.0)),
+        }
+        if penalty:
+            metrics["loss/train/lagrangian"] = others.pop(0)
+        metrics |= {f"loss/train/{name}": loss for name, loss in named(self.set_names, others).items()}
         logger.log_metrics(metrics)
 
     def fit_start(self, state: State, logger: Logger) -> None:
