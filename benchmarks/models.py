@@ -135,7 +135,7 @@ def shearing(
     lag_lr: float = 0.0,
     round_to: int = ROUND_TO,
 ) -> tuple[Contestant, ShearingModel]:
-    """B, S: the gated model with its masks, multipliers, penalty and metrics. lag_lr: 0 leaves the masks as they are."""
+    """B, S: the gated model with its masks, multipliers, penalty, metrics. lag_lr: 0 leaves the masks as they are."""
     model = LlamaForCausalLM(cfg)
     model.set_attn_implementation(CAUSAL_SDPA)
     masks = L0Masks(table_for(cfg), KINDS, target)

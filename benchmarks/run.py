@@ -3,8 +3,8 @@
     python -m benchmarks.run
     python -m benchmarks.run --steps 30 --batch 4     smaller and sooner
 
-The published schedule in small: the target rises during the first 20 % of the run, then the masks settle. Random tokens:
-what the masks do then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is
+The published schedule in small: the target rises during the first 20 % of the run, then the masks settle. The tokens are
+random: what the masks do then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is
 timed in between.
 """
 
@@ -20,7 +20,15 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.common import save
 from benchmarks.models import (
-    TARGET, Contestant, add_options, autocast_dtype, config, dense, precision_note, random_tokens, shearing,
+    TARGET,
+    Contestant,
+    add_options,
+    autocast_dtype,
+    config,
+    dense,
+    precision_note,
+    random_tokens,
+    shearing,
 )  # fmt: skip
 from benchmarks.plots import plot_lines
 

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --axes vocabulary domains --batch 2 --repeats 3
 
-hidden size, layers, vocabulary: A, B, S and C as in `benchmarks.step`, taking turns. domains: S with the metrics of 2 to 64
-domains against 1; the same model takes turns with each number. Smaller batches than in `benchmarks.step`: what masks cost
-does not grow with the tokens, so that it weighs more here.
+hidden size, layers, vocabulary: A, B, S and C as in `benchmarks.step`, taking turns. domains: S with the metrics of 2 to
+64 domains against 1; the same model takes turns with each number. Smaller batches than in `benchmarks.step`: what masks
+cost does not grow with the tokens, so that it weighs more here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import alternate, save_part
 from benchmarks.models import (
-    Metrics, add_options, autocast_dtype, close, config, dense, halved, open_fully, plain, precision_note,
-    random_tokens, shearing,
+    Metrics,
+    add_options,
+    autocast_dtype,
+    close,
+    config,
+    dense,
+    halved,
+    open_fully,
+    plain,
+    precision_note,
+    random_tokens,
+    shearing,
 )  # fmt: skip
 from benchmarks.plots import plot_panels
 

@@ -8,8 +8,8 @@ A: step of transformers' dense LLaMA. B: shearing step, all gates open. S: shear
 intermediate to one half, layers to three quarters; 5 % of the closed units sampled open). C: transformers' plain model
 with the open counts of S. Everything takes turns in one run; medians; "passes" are forward and backward alone.
 
-ratios: A, B, S, C and the judged figures. curve: S and C as units close in ten stages. memory: peak resident memory, each
-contestant in a process of its own, and of the loss alone.
+ratios: A, B, S, C and the judged figures. curve: S and C as units close in ten stages. memory: peak resident memory,
+each contestant in a process of its own, and of the loss alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,19 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.common import alternate, peak_rss, save_part
 from benchmarks.models import (
-    TARGET, Contestant, Metrics, add_options, autocast_dtype, close, config, dense, open_fully, plain, precision_note,
-    random_tokens, shearing,
+    TARGET,
+    Contestant,
+    Metrics,
+    add_options,
+    autocast_dtype,
+    close,
+    config,
+    dense,
+    open_fully,
+    plain,
+    precision_note,
+    random_tokens,
+    shearing,
 )  # fmt: skip
 from benchmarks.plots import plot_lines
 from llmshearing.loss import token_losses

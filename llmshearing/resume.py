@@ -197,7 +197,7 @@ def _check_kind(cfg: Config, path: Path) -> None:
     if path.is_dir() != saves_folders:
         here, needed = ("a sharded folder", "sharded") if path.is_dir() else ("one file", "full")
         raise ShearingError(
-            f"autoresume: {path} is {here}: go on with fsdp_config.state_dict_type = {needed}, or in another save_folder"
+            f"autoresume: {path} is {here}: go on with fsdp_config.state_dict_type = {needed}, or another save_folder"
         )
 
 

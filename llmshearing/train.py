@@ -88,7 +88,7 @@ def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config)
 def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
     """AdamW over the groups."""
     o = cfg.optimizer
-    kinds = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
+    kinds: dict[str, Any] = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
     return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
 
