@@ -3,9 +3,8 @@
     python -m benchmarks.run
     python -m benchmarks.run --steps 30 --batch 4     smaller and sooner
 
-The published schedule in small: the target rises during the first 20 % of the run, then the masks settle. The tokens are
-random: what the masks do then is what the penalty asks for. Every few shearing steps one dense step of transformers' LLaMA is
-timed in between.
+The published schedule in small: the target rises during the first 20 % of the run, then the masks settle. Tokens are
+random: the masks do what the penalty asks for. Every few shearing steps a dense step of transformers' LLaMA is timed.
 """
 
 from __future__ import annotations

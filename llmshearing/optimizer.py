@@ -3,8 +3,8 @@
     w <- w (1 - (lr / lr_0) decay)      m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
     w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)              lr_0: the learning rate before any schedule
 
-Loshchilov, Hutter 2019 (arXiv:1711.05101). Every weight of the source is stepped, closed or not, so that this is what of
-a shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and no
+Loshchilov, Hutter 2019 (arXiv:1711.05101). Every weight of the source is stepped, closed or not, so that this is what
+of a shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and no
 synchronisation for each parameter.
 """
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers_faults import differences, load_plain
 from helpers_runs import configured, make_model
-from helpers_sharded import save_sharded
+from helpers_storage import save_sharded
 
 from llmshearing.callbacks.saver import WRITING
 from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
