@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --axes vocabulary domains --batch 2 --repeats 3
 
 hidden size, layers, vocabulary: A, B, S and C as in `benchmarks.step`, taking turns. domains: S with the metrics of 2
-to 64 domains against 1; the same model takes turns with each number. Smaller batches than in `benchmarks.step`: what masks
-cost does not grow with the tokens, so that it weighs more here.
+to 64 domains against 1; the same model takes turns with each number. Smaller batches than in `benchmarks.step`: what
+masks cost does not grow with the tokens, so that it weighs more here.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)              lr_0: the learning rate before any schedule
 
 Loshchilov, Hutter 2019 (arXiv:1711.05101). Every weight of the source is stepped, closed or not, so that this is what
-of a shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and no
-synchronisation for each parameter.
+of a shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and
+no synchronisation for each parameter.
 """
 
 from __future__ import annotations
