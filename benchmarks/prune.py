@@ -158,7 +158,7 @@ def table(rows: dict[str, dict[str, Any]], domains: list[str]) -> str:
 
 
 def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> None:
-    """A panel per domain and one of the mean: perplexity against parameters, before (circles) and after (crosses)."""
+    """A panel per domain and one of the mean: perplexity against parameters, as pruned and trained on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +176,10 @@ def plot(rows: dict[str, dict[str, Any]], domains: list[str], path: Path) -> Non
                     label = kind if stage == "before" or "before" not in of_kind[0] else None
                     panel.plot(*zip(*points, strict=True), mark, color=f"C{number}", label=label)
         panel.set(title=name, yscale="log", xlabel="parameters, millions", ylabel="perplexity")
+        for axis in ("set_major_formatter", "set_minor_formatter"):
+            getattr(panel.yaxis, axis)("{x:.0f}")
     panels.flat[0].legend(fontsize=7)
+    figure.suptitle("circles, solid: as pruned; crosses, dashed: after the same continued pretraining")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

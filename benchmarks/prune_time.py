@@ -51,7 +51,7 @@ def pruned(label: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         [sys.executable, "-m", "llmshearing.prune", *map(str, command)], capture_output=True, text=True, check=True
     )
     record = json.loads((folder / "out" / "prune.json").read_text())
-    last = {line.split("  ")[0]: line.split()[-1] for line in done.stderr.splitlines()}
+    last = {line.split("  ")[0]: line.split()[-1] for line in done.stderr.splitlines() if line.strip()}
     return {
         "seconds": float(last["seconds"]),
         "peak_memory": int(last["peak memory, bytes"].replace(",", "")),

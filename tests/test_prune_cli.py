@@ -247,10 +247,10 @@ def test_the_command_writes_what_it_says(source, text, tmp_path, root):
     assert {"tokenizer.json", "README.md", "selection.safetensors"} <= set(os.listdir(tmp_path / "out"))
 
 
-def test_commands_of_the_readme_and_of_the_help_parse(root):
-    text = (root / "README.md").read_text() + EXAMPLES
-    commands = re.findall(r"python -m llmshearing\.prune (.+)", text.replace("\\\n", " "))
-    assert len(commands) == 9
+def test_commands_of_the_documents_and_of_the_help_parse(root):
+    text = (root / "README.md").read_text() + (root / "docs" / "pruners.md").read_text() + EXAMPLES
+    commands = re.findall(r"python -m llmshearing\.prune ([a-z].+)", text.replace("\\\n", " "))
+    assert len(commands) == 12
     for command in commands:
         options = vars(build_parser().parse_args(shlex.split(command)))
         assert read_target(options)
@@ -264,6 +264,10 @@ BAD = {
     "nothing": (["random"], "nothing to prune"),
     "no sequences": (["activation", "--ratio", "0.5"], "give --calibration"),
     "short": (["activation", "--ratio", "0.5", "--calibration", "SHORT"], "shorter than one sequence"),
+    "singular": (
+        ["obs", "--ratio", "0.5", "--calibration", "TEXT", "--samples", "1", "--max_seq_len", "4", "--percdamp", "0"],
+        "layer 0, model.layers.0.self_attn.o_proj.weight: the Hessian is singular",
+    ),
     "absent": (["activation", "--ratio", "0.5", "--calibration", "/nowhere"], "does not exist"),
     "file": (["random", "--target", "/nowhere.yaml"], "cannot be read as a file"),
     "layers": (["depth", "--drop_layers", "9"], "layers of 0 to 2"),
@@ -272,10 +276,10 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "say"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_message_and_leaves_nothing(arguments, say, source, tmp_path, caplog):
+def test_bad_input_is_one_message_and_leaves_nothing(arguments, say, source, text, tmp_path, caplog):
     (tmp_path / "short.txt").write_text("w1 w2 w3\n")
-    arguments = [str(tmp_path / "short.txt") if argument == "SHORT" else argument for argument in arguments]
-    kind, *rest = arguments
+    files = {"SHORT": str(tmp_path / "short.txt"), "TEXT": str(text)}
+    kind, *rest = [files.get(argument, argument) for argument in arguments]
     path = source("llama", num_hidden_layers=3)
     with caplog.at_level(logging.INFO):
         assert main([kind, "--model", str(path), "--output", str(tmp_path / "out"), *rest]) == 1

@@ -165,7 +165,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--ratios", choices=STRATEGIES, default=UNIFORM, help="of layers: the same, or more in later ones"
     )
     parser.add_argument("--min_ratio", type=float, help="log_increase: ratio of the first layer (5/16 of the mean)")
-    parser.add_argument("--offload", type=Path, metavar="DIR", help="keep activations in temporary files in DIR")
+    parser.add_argument(
+        "--offload",
+        type=Path,
+        metavar="DIR",
+        help="keep activations, 4 (2 hidden + intermediate) bytes a token, in temporary files in DIR, not in memory",
+    )
 
 
 METHOD = Method(

@@ -13,6 +13,7 @@ Shape legend: N sequences, T tokens, B sequences in a batch, d hidden, n inputs 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,5 +158,8 @@ def _room(tokens: torch.Size, dtype: torch.dtype, offload: Path | str | None, wi
         return torch.empty(shape, dtype=dtype)
     if not Path(offload).is_dir():
         raise ShearingError(f"offload {offload} is no directory")
+    needed, free = shape.numel() * dtype.itemsize, shutil.disk_usage(offload).free
+    if needed > free:  # a mapped file that cannot grow ends the process without a message
+        raise ShearingError(f"offload {offload} has {free:,} bytes free; activations {list(shape)} need {needed:,}")
     with tempfile.NamedTemporaryFile(dir=offload, prefix=".obs-") as file:
         return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)

@@ -19,6 +19,7 @@ from llmshearing.gating import attach
 from llmshearing.pruners.calibration import Calibration
 from llmshearing.pruners.decoder import layer_by_layer
 from llmshearing.pruners.obs import choose, projections
+from llmshearing.pruners.obs_layers import _room
 from llmshearing.pruners.obs_plan import layer_counts, layer_ratios
 
 
@@ -101,6 +102,11 @@ def test_states_on_disk_and_other_batches_give_the_same_model(tmp_path):
         for name, value in results[0].items():
             torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-6)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_named(tmp_path):
+    with pytest.raises(ShearingError, match=r"activations \[1099511627776, 8, 16\] need 562,949,953,421,312"):
+        _room(torch.Size((1 << 40, 8)), torch.float32, tmp_path, 16)
 
 
 def test_log_increase_and_a_range_of_layers():
