@@ -97,12 +97,11 @@ class Saver(CheckpointSaver):
         temporary = target.parent / WRITING / target.name
         self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp  # the file names itself among them
         write = _write_sharded if state.fsdp_sharded_state_dict_enabled else _write
-        problem = write(state, temporary)
-        if problem is None and dist.get_global_rank() == 0:
-            problem = self._publish(temporary, target, state)
-        # All ranks learn of a failure on any, and none goes on before the checkpoint is there.
-        problems = [found for found in dist.all_gather_object(problem) if found is not None]
-        self.problem = problems[0] if problems else None
+        # All ranks learn of a failure on any: nothing gets its name before all have written, and none goes on before.
+        self.problem = _on_any_rank(write(state, temporary))
+        if self.problem is None:
+            first = dist.get_global_rank() == 0
+            self.problem = _on_any_rank(self._publish(temporary, target, state) if first else None)
         if self.problem is not None:
             del self.all_saved_checkpoints_to_timestamp[str(target)]
             if dist.get_global_rank() == 0:
@@ -147,6 +146,11 @@ class Saver(CheckpointSaver):
                 f"the run ended at batch {state.timestamp.batch.value}, but its last checkpoint was not saved: "
                 f"{self.problem}. Newest checkpoint: {before}; make room and go on from it (autoresume=true)"
             )
+
+
+def _on_any_rank(problem: str | None) -> str | None:
+    """The first problem that any rank has, on all of them."""
+    return next((found for found in dist.all_gather_object(problem) if found is not None), None)
 
 
 def _write(state: State, path: Path) -> str | None:

@@ -94,7 +94,8 @@ def test_signals_save_and_stop(jobs, number, event, ranks):
 
 def test_a_signal_before_training_ends_at_once(jobs):
     outcome = jobs("early").start(Kill("start-up", delay=0.3, number=int(signal.SIGTERM)))
-    assert outcome.codes in ([75], [143]), outcome.output  # 143: while Composer's own handler was still in place
+    # 143: while Composer's own handler was in place; -15: Python had only just begun
+    assert outcome.codes in ([75], [143], [-15]), outcome.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stalled"])
