@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check test shear smollm2 clean
+.PHONY: help install check test faults shear smollm2 clean
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -40,7 +40,10 @@ check: $(STAMP)  ## lint, types, shell syntax
 	@for script in .ci/run llmshearing/scripts/*.sh; do bash -n "$$script" || exit 1; done
 
 test: $(STAMP)  ## every test, the slow ones included
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+faults: $(STAMP)  ## the long fault suite: runs killed at random, a report of what they survived
+	$(PY) tests/faults/campaign.py --report benchmarks/results/faults.json
 
 shear: $(STAMP)  ## the quickstart: corpus, source model, shearing, continued pretraining, table
 	$(PY) -m examples.quickstart.run

@@ -38,6 +38,7 @@ EXTRAS = {
         "flask-cors>=4",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.8",
         "mypy>=1.11",

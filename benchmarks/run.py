@@ -43,9 +43,9 @@ def timed(contestant: Contestant, input_ids: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--every", type=int, default=10, help="shearing steps for each dense step")
-    parser.add_argument("--lag_lr", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=20, help="shearing steps for each dense step")
+    parser.add_argument("--lag_lr", type=float, default=1.0, help="published: 1.0; less swings longer about the target")
     arguments = parser.parse_args()
     autocast = autocast_dtype(arguments.precision)
     torch.manual_seed(0)
@@ -69,13 +69,15 @@ def main() -> None:
         part = slice(tenth * arguments.steps // 10, (tenth + 1) * arguments.steps // 10)
         prices.append(statistics.mean(ours[part]) / dense_step)
         print(f"tenth {tenth + 1:2}: step / A {prices[-1]:.3f}, expected size {statistics.mean(share[part]):.3f}")
+    target = masks.target_parameters() / model.table.count(counted_only=True)
+    print(f"size at the end {share[-1]:.3f}, target {target:.3f}")
     print(f"whole run / the same number of A steps: {ratio:.3f}")
     tenths = [0.05 + i / 10 for i in range(10)]
     sizes = [share[round(at * (arguments.steps - 1))] for at in tenths]
     lines = {"shearing step / dense step": prices, "expected parameters / all": sizes}
     print("wrote", plot_lines("run", tenths, lines, x="part of the run", y="share", title=precision_note(autocast)))
     setting = {name: getattr(arguments, name) for name in ("batch", "length", "steps", "lag_lr")}
-    result = {"precision": precision_note(autocast), **setting, "ratio": ratio, "expected_size": share}
+    result = {"precision": precision_note(autocast), **setting, "ratio": ratio, "target_size": target, "expected_size": share}
     print("wrote", save("run", {**result, "shearing_seconds": ours, "dense_seconds": theirs}))
 
 

@@ -69,15 +69,16 @@ def plain_data_only(trust: bool = False) -> Iterator[None]:
 
 
 def check_load_path(cfg: Config, path: Path) -> None:
-    """Refuse a checkpoint that is not this run's own and could run code when Composer loads it.
+    """Refuse a checkpoint that could run code when Composer loads it.
 
     Raises:
-        ShearingError: it is damaged, holds more than plain data, or is a folder (whose index is a pickle).
+        ShearingError: it is damaged, holds more than plain data, or is a folder (whose index is a pickle) that is not
+            this run's own.
     """
-    own = cfg.save_folder is not None and Path(cfg.save_folder).resolve() in path.resolve().parents
-    if own or cfg.trust_checkpoint:
+    if cfg.trust_checkpoint:
         return
-    if path.is_dir():
+    own = cfg.save_folder is not None and Path(cfg.save_folder).resolve() in path.resolve().parents
+    if path.is_dir() and not own:
         raise ShearingError(
             f"load_path = {path} is a sharded checkpoint from outside save_folder: its index is a pickle, and loading "
             "it may run any code. Only if you made it yourself: trust_checkpoint=true"

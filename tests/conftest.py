@@ -24,6 +24,18 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+# Start several ranks, and measure time-outs: never two of these at once.
+ALONE = ("distributed/", "faults/", "test_distributed.py", "test_pipeline.py", "data/test_two_ranks.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` (make test) the tests of a file share a process and its fixtures."""
+    for item in items:
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        item.add_marker(pytest.mark.xdist_group("ranks" if name.startswith(ALONE) else name))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

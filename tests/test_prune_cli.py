@@ -287,9 +287,12 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, say, source, tex
     assert os.listdir(tmp_path) == ["short.txt"]
 
 
-def test_families_without_a_table_and_outputs_in_use_are_refused(source, tmp_path):
+def test_families_without_a_table_and_outputs_in_use_are_refused(source, tmp_path, caplog):
     with pytest.raises(ShearingError, match="A table names every tensor"):
         prune("random", source("opt"), tmp_path / "out", {"hidden_size": 8})
+    with caplog.at_level(logging.INFO):
+        command = ["random", "--model", str(source("opt")), "--output", str(tmp_path / "out"), "--ratio", "0.5"]
+        assert main(command) == 1 and "A table names every tensor" in caplog.records[-1].getMessage()
     path = source("llama")
     with pytest.raises(ShearingError, match="something else in it|holds a model|is the source"):
         prune("random", path, path, {"hidden_size": 8}, overwrite=True)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from llmshearing.data import job, sources
 from llmshearing.data.encoding import Encoders, Recipe, WorkerDied
 from llmshearing.data.inspect import main as inspect_main
-from llmshearing.data.manifest import table
+from llmshearing.data.manifest import check_tokenizer, table
 from llmshearing.data.packing import Documents, Packer, split_of
 from llmshearing.data.prepare import main, prepare
 from llmshearing.data.sources import Chunk, Lines, Place
@@ -171,6 +171,20 @@ def test_directory_and_file_agree(tmp_path, tokenizer_file, texts):
     expected = AutoTokenizer.from_pretrained(str(tmp_path))(texts["code"][:5], add_special_tokens=False)["input_ids"]
     assert directory.encode(texts["code"][:5]) == file.encode(texts["code"][:5]) == expected
     assert (directory.bos_id, directory.eos_id) == (file.bos_id, file.eos_id) == (BOS, EOS)
+
+
+def test_another_tokenizer_than_the_datas_is_refused(tmp_path, prepared, tokenizer_file, texts, train_tokenizer):
+    """It is known by what it does: the same one stored in another way is no other one."""
+    from transformers import PreTrainedTokenizerFast
+
+    same = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token="<s>", eos_token="</s>", pad_token="x")
+    same.save_pretrained(str(tmp_path / "same"))
+    check_tokenizer(prepared, tmp_path / "same")
+    check_tokenizer(prepared, tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    train_tokenizer(["The quick-brown foxes' jumps"] * 9, ["<s>", "</s>"]).save(str(tmp_path / "other/tokenizer.json"))
+    with pytest.raises(ShearingError, match="manifest.json: the data were prepared with another tokenizer than that of"):
+        check_tokenizer(prepared, tmp_path / "other")
 
 
 def test_text_cannot_forge_special_tokens(tokenizer_file):

@@ -7,6 +7,7 @@ from helpers_tokenizers import corpus, train_byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmshearing.prune import SequenceOptions, prune
+from llmshearing.prune.__main__ import main
 from llmshearing.selection_io import load_selection
 
 SIZE = 430
@@ -58,3 +59,12 @@ def test_it_chains_and_reports_perplexity_by_token_of_the_source(tmp_path, text)
     assert first.before.perplexity != first.after.perplexity
     assert loaded(tmp_path / "two").config.vocab_size == loaded(tmp_path / "both").config.vocab_size == 300
     assert second.after.parameters == straight.after.parameters
+
+
+def test_a_target_below_what_must_stay_is_one_message(tmp_path, text, caplog):
+    old = source(tmp_path / "old", "llama")
+    words = ["vocabulary", "--model", str(old), "--output", str(tmp_path / "new"), "--corpus", str(text)]
+    with caplog.at_level("INFO"):
+        assert main([*words, "--target", "vocab_size=200"]) == 1
+    assert "vocab_size = 200 is below what must stay, 2" in caplog.records[-1].getMessage()
+    assert not (tmp_path / "new").exists()

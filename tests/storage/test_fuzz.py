@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_fuzz import mutated, mutations
 from helpers_storage import assert_same, made, save_sharded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,15 +26,6 @@ STATE: dict[str, Any] = {
         "callbacks": {"Info": {"config": {"size": 1, "list": [1, 2]}, "none": None}},
     }
 }
-mutations = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4)
-
-
-def mutated(data: bytes, changes: list[tuple[float, int]]) -> bytes:
-    """Some bytes, at fractions of the length, changed; the last change of every third list cuts the rest off."""
-    out = bytearray(data)
-    for at, flip in changes:
-        out[int(at * len(out))] ^= flip
-    return bytes(out[: int(changes[-1][0] * len(out))] if len(changes) == 3 else out)
 
 
 def read(path: Path) -> Any:
