@@ -61,9 +61,10 @@ def _problems(shard: Any) -> list[str]:
     said = []
     if not _is_count(shard.get("samples")) or shard["samples"] == 0:
         said.append(f"samples is {shard.get('samples')!r}; a whole number above 0 is needed")
-    if shard.get("compression") is not None and not is_compression(shard["compression"]):
-        said.append(f"compression is {shard['compression']!r}, which Streaming does not know")
-    if (shard.get("compression") is None) != (shard.get("zip_data") is None):
+    compression = shard.get("compression")
+    if compression is not None and not (isinstance(compression, str) and is_compression(compression)):
+        said.append(f"compression is {compression!r}, which Streaming does not know")
+    if (compression is None) != (shard.get("zip_data") is None):
         said.append("compression and zip_data must be given together")
     for key in ("raw_data", "zip_data"):
         if key == "raw_data" or shard.get(key) is not None:

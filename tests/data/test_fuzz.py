@@ -102,7 +102,7 @@ def test_a_manifest_with_bytes_changed(manifest: Path, prepared: Path, changes) 
 
 
 @given(data=st.data())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 def test_an_index_of_another_structure(shards: Path, data) -> None:
     index = shards / "index.json"
     whole = index.read_bytes()
@@ -115,7 +115,7 @@ def test_an_index_of_another_structure(shards: Path, data) -> None:
 
 @pytest.mark.parametrize("name", ["index.json", "shard.00001.mds"])
 @given(changes=mutations)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 def test_a_file_with_bytes_changed(shards: Path, name: str, changes) -> None:
     """A changed shard with a hash is refused; what comes out of one without are at least tokens of the vocabulary."""
     file = shards / name
