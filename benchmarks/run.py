@@ -77,8 +77,8 @@ def main() -> None:
     lines = {"shearing step / dense step": prices, "expected parameters / all": sizes}
     print("wrote", plot_lines("run", tenths, lines, x="part of the run", y="share", title=precision_note(autocast)))
     setting = {name: getattr(arguments, name) for name in ("batch", "length", "steps", "lag_lr")}
-    result = {"precision": precision_note(autocast), **setting, "ratio": ratio, "target_size": target, "expected_size": share}
-    print("wrote", save("run", {**result, "shearing_seconds": ours, "dense_seconds": theirs}))
+    result = {"precision": precision_note(autocast), **setting, "ratio": ratio, "target_size": target}
+    print("wrote", save("run", {**result, "expected_size": share, "shearing_seconds": ours, "dense_seconds": theirs}))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path, prepared, tokeniz
     check_tokenizer(prepared, tmp_path / "nothing")
     (tmp_path / "other").mkdir()
     train_tokenizer(["The quick-brown foxes' jumps"] * 9, ["<s>", "</s>"]).save(str(tmp_path / "other/tokenizer.json"))
-    with pytest.raises(ShearingError, match="manifest.json: the data were prepared with another tokenizer than that of"):
+    with pytest.raises(ShearingError, match="manifest.json: the data were prepared with another tokenizer"):
         check_tokenizer(prepared, tmp_path / "other")
 
 

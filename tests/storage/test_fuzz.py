@@ -15,7 +15,6 @@ import torch
 from helpers_fuzz import mutated, mutations
 from helpers_storage import assert_same, made, save_sharded
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmshearing.errors import ShearingError
 from llmshearing.storage import open_archive
