@@ -1,4 +1,7 @@
-"""Ratios of the data code against the libraries it stands on, in one run: `python -m benchmarks.data [loader ...]`.
+"""Ratios of the data code against the libraries it stands on, in one run.
+
+    python -m benchmarks.data
+    python -m benchmarks.data loader scale
 
 loader       samples/s of our training loader / plain StreamingDataset + DataLoader, the same shards and workers
 scale        start-up time and memory with 10^9 simulated samples / with 10^6
@@ -7,6 +10,7 @@ preparation  tokens/s of `prepare` / of tokenizers' `encode_batch`, the same tex
 Results go to benchmarks/results/data.json. Alternating repetitions, medians.
 """
 
+import argparse
 import json
 import os
 import random
@@ -17,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "data.json"
+from benchmarks.common import save_part
+
 SEQ, BATCH, SAMPLES, BATCHES, REPEATS = 2048, 16, 3000, 120, 5
 MEGABYTES = 10  # of text
 CORES = len(os.sched_getaffinity(0))
@@ -182,13 +187,15 @@ BENCHES = {"loader": loader, "scale": scale, "preparation": preparation}
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in sys.argv[1:] or BENCHES:
-        results[name] = {key: float(f"{value:.4g}") for key, value in BENCHES[name]().items()}
-        print(name, json.dumps(results[name], indent=1), flush=True)
-        results["machine"] = {"cores": CORES}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (all)")
+    chosen = parser.parse_args().benches or list(BENCHES)
+    if unknown := sorted(set(chosen) - set(BENCHES)):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    for name in chosen:
+        found = {key: float(f"{value:.4g}") for key, value in BENCHES[name]().items()}
+        print(name, json.dumps(found, indent=1), flush=True)
+        print("wrote", save_part("data", name, found))
 
 
 if __name__ == "__main__":
