@@ -51,8 +51,9 @@ def read_index(folder: Path) -> list[MDSReader]:
 
 def _reader(folder: Path, shard: dict[str, Any]) -> MDSReader:
     known = ("version", "format", "compression", "raw_data", "samples", "zip_data", *KEYS)
-    unused = {"hashes": [], "size_limit": None}  # of the writer alone
-    return MDSReader.from_json(str(folder), None, {**{key: shard.get(key) for key in known}, **unused})
+    values = {key: shard.get(key) for key in known}
+    values |= {"hashes": [], "size_limit": None}  # of the writer alone
+    return MDSReader.from_json(str(folder), None, values)
 
 
 def _problems(shard: Any) -> list[str]:
