@@ -1,7 +1,7 @@
 """Files of torch.save and of safetensors, written tensor by tensor. The formats are theirs, the order of work is ours.
 
 torch.save and safetensors' save_file want every tensor at once. Here the header is written from shapes and dtypes, then
-one tensor after another is made, written and let go.
+one tensor after another is made, written and let go; the next ones are made meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,7 @@ DTYPES: dict[torch.dtype, tuple[Any, str]] = {
     torch.bool: (torch.BoolStorage, "BOOL"),
 }
 ALIGNMENT = 64  # of records, as torch.save aligns them: torch.load(mmap=True) uses them where they stand
+AHEAD = 2  # tensors in the making while one is written: reading and copying leave Python's lock to others
 _ZIP_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of a zip record's local header without names, and of its 64-bit sizes
 
 
@@ -56,8 +58,8 @@ def write_torch_file(path: Path, values: Any, progress: Callable[[], object] | N
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         _record(file, archive, "data.pkl", buffer.getvalue())
         _record(file, archive, "byteorder", sys.byteorder.encode())
-        for tensor, key in pickler.keys.items():
-            _record(file, archive, f"data/{key}", raw(tensor))
+        for key, data in zip(pickler.keys.values(), _made(pickler.keys), strict=True):
+            _record(file, archive, f"data/{key}", data)
             if progress is not None:
                 progress()
         _record(file, archive, "version", b"3\n")
@@ -100,6 +102,21 @@ def _record(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | m
         opened.write(data)
 
 
+def _made(tensors: Iterable[LazyTensor]) -> Iterator[memoryview]:
+    """The bytes of each tensor, in order. The next ones are read and folded while the caller writes."""
+    waiting: collections.deque[Future[memoryview]] = collections.deque()
+    pool = ThreadPoolExecutor(AHEAD)
+    try:
+        for tensor in tensors:
+            waiting.append(pool.submit(raw, tensor))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def raw(tensor: LazyTensor) -> memoryview:
     """Make a tensor; its bytes, in order.
 
@@ -135,8 +152,8 @@ def write_safetensors(
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     with new_file(path) as file:
         file.write(_safetensors_header(ordered))
-        for _, tensor in ordered:
-            file.write(raw(tensor))
+        for data in _made(tensor for _, tensor in ordered):
+            file.write(data)
             if progress is not None:
                 progress()
     return path
