@@ -40,7 +40,7 @@ check: $(STAMP)  ## lint, types, shell syntax
 	@for script in .ci/run llmshearing/scripts/*.sh; do bash -n "$$script" || exit 1; done
 
 test: $(STAMP)  ## every test, the slow ones included
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2
 
 faults: $(STAMP)  ## the long fault suite: runs killed at random, a report of what they survived
 	$(PY) tests/faults/campaign.py --report benchmarks/results/faults.json

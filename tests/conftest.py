@@ -28,12 +28,20 @@ settings.load_profile("default")
 ALONE = ("distributed/", "faults/", "test_distributed.py", "test_pipeline.py", "data/test_two_ranks.py")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `pytest -n 2 --dist loadgroup` (make test) the tests of a file share a process and its fixtures."""
-    for item in items:
-        name = item.path.relative_to(ROOT / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group("ranks" if name.startswith(ALONE) else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Under `pytest -n 2` (make test): the tests of a file, and all that are not to meet others of their kind, in turn.
+
+    xdist's own groups of tests (--dist loadgroup) do nothing under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("::")[0].removeprefix("tests/")
+            return "ranks" if name.startswith(ALONE) else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
