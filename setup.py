@@ -39,6 +39,7 @@ EXTRAS = {
         "pytest>=8.2",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "psutil>=5.9",
         "hypothesis>=6.100",
         "ruff>=0.8",
         "mypy>=1.11",

@@ -46,9 +46,9 @@ def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int, warmup: int 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_rss() -> int:
-    """Peak resident memory of this program, bytes. Not getrusage's: that starts at the size of the parent process."""
-    status = Path("/proc/self/status").read_text().splitlines()
+def peak_rss(process: int | str = "self") -> int:
+    """Peak resident memory of a program, bytes. Not getrusage's: that starts at the size of the parent process."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 

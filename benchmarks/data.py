@@ -5,7 +5,7 @@
 
 loader       samples/s of our training loader / plain StreamingDataset + DataLoader, the same shards and workers
 scale        start-up time and memory with 10^9 simulated samples / with 10^6
-preparation  tokens/s of `prepare` / of tokenizers' `encode_batch`, the same text and cores; peak memory, input x 4
+preparation  tokens/s of `prepare` / of tokenizers' `encode_batch`, the same text and cores; peak memory, input x 16
 
 Results go to benchmarks/results/data.json. Alternating repetitions, medians.
 """
@@ -15,16 +15,19 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.common import save_part
+import psutil
+
+from benchmarks.common import peak_rss, save_part
 
 SEQ, BATCH, SAMPLES, BATCHES, REPEATS = 2048, 16, 3000, 120, 5
 MEGABYTES = 10  # of text
+LARGE = 16  # times as much, for memory
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -68,8 +71,9 @@ def pace(batches) -> float:
 
 
 SCALE = """
-import resource, sys, time
+import sys, time
 import numpy as np
+from benchmarks.common import peak_rss
 from llmshearing.data.dataset import MixtureDataset
 from llmshearing.data.mixture import Mixture
 
@@ -80,7 +84,8 @@ class Simulated:
     def __getitem__(self, index): return np.zeros(16, np.int64), "ab"[self.size % 2]
 
 size = int(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far, of the imports, is forgotten
+before = peak_rss()
 start = time.perf_counter()
 streams = [Simulated(size), Simulated(size // 2 * 2 + 1)]
 mixture = Mixture(["a", "b"], [len(s) for s in streams], [0.5, 0.5], 0, blocks=[s.block for s in streams])
@@ -89,7 +94,7 @@ iterator = iter(dataset)
 next(iterator)
 first = time.perf_counter() - start
 for _ in range(20000): next(iterator)
-print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
+print(first, peak_rss() / 1024, (peak_rss() - before) / 1024)
 """
 
 
@@ -98,22 +103,20 @@ def scale() -> dict[str, float]:
     found: dict[int, list[list[float]]] = {10**6: [], 10**9: []}
     for _ in range(REPEATS):
         for size, runs in found.items():
-            done = subprocess.run([sys.executable, "-c", SCALE, str(size)], capture_output=True, text=True, check=True)
-            runs.append([float(x) for x in done.stdout.split()])
+            runs.append(run("-c", SCALE, size)[0])
     small, large = ([statistics.median(column) for column in zip(*runs, strict=True)] for runs in found.values())
     return {"startup_s_1e6": small[0], "startup_s_1e9": large[0], "startup_ratio": large[0] / small[0],
             "memory_kib_1e6": small[1], "memory_kib_1e9": large[1], "memory_ratio": large[1] / small[1],
-            "memory_added_kib_1e6": small[1] - small[2], "memory_added_kib_1e9": large[1] - large[2]}  # fmt: skip
+            "memory_added_kib_1e6": small[2], "memory_added_kib_1e9": large[2]}  # fmt: skip
 
 
 PREPARE = """
-import resource, sys
+import sys
 from llmshearing.data.prepare import prepare
 if __name__ == "__main__":
     folder, tokenizer, output, processes = sys.argv[1:]
     manifest = prepare(folder, tokenizer, output, 1024, processes=int(processes), progress=False)
     print(sum(n["tokens"] for split in manifest["splits"].values() for n in split.values()))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 ENCODE = """
 import json, sys
@@ -132,10 +135,11 @@ def preparation() -> dict[str, float]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     seconds: dict[str, list[float]] = {f"{name}{times}": [] for name in ("ours", "encode_batch") for times in (1, 4)}
-    tokens, memory = {}, {}
+    tokens: dict[int, float] = {}
+    memory: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for times in (1, 4):
+        for times in (1, 4, LARGE):
             write_text(folder / f"in{times}" / "a" / "a.jsonl", MEGABYTES * times)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -149,26 +153,38 @@ def preparation() -> dict[str, float]:
             for times in (1, 4):
                 data = folder / f"in{times}"
                 start = time.perf_counter()
-                said = run(folder / "prepare_once.py", data, folder / "tokenizer.json", folder / f"o{times}{i}", CORES)
+                words = (folder / "prepare_once.py", data, folder / "tokenizer.json", folder / f"o{times}{i}", CORES)
+                [tokens[times]], memory[times] = run(*words)
                 seconds[f"ours{times}"].append(time.perf_counter() - start)
-                tokens[times], memory[times] = said
                 start = time.perf_counter()
                 run("-c", ENCODE, data, folder / "tokenizer.json")
                 seconds[f"encode_batch{times}"].append(time.perf_counter() - start)
+        data = folder / f"in{LARGE}"
+        _, memory[LARGE] = run(folder / "prepare_once.py", data, folder / "tokenizer.json", folder / "large", CORES)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     more = tokens[4] - tokens[1]
     ours, theirs = (more / (medians[f"{name}4"] - medians[f"{name}1"]) for name in ("ours", "encode_batch"))
     return {"ours_tokens_per_s": ours, "encode_batch_tokens_per_s": theirs, "ratio": ours / theirs,
-            "memory_kib": memory[1], "memory_kib_input_x4": memory[4], "memory_ratio": memory[4] / memory[1],
+            **{f"memory_kib_x{times}": memory[times] for times in memory}, "memory_ratio": memory[LARGE] / memory[1],
+            "ratio_with_start_x4": medians["encode_batch4"] / medians["ours4"],
             **{f"seconds_{name}": value for name, value in medians.items()}}  # fmt: skip
 
 
-def run(*command: object) -> list[float]:
-    """The numbers that a Python process prints."""
+def run(*command: object) -> tuple[list[float], float]:
+    """The numbers that a Python process prints; KiB: the peaks of it and of all that it started, added up."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = tuple(map(str, (sys.executable, *command)))
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return [float(x) for x in done.stdout.split()]
+    peaks: dict[int, int] = {}
+    with tempfile.TemporaryFile("w+") as output:
+        process = psutil.Popen([sys.executable, *map(str, command)], stdout=output, env=environment)
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess, OSError, StopIteration):  # it ended while it was looked at
+                for each in (process, *process.children(recursive=True)):
+                    peaks[each.pid] = max(peaks.get(each.pid, 0), peak_rss(each.pid))
+            time.sleep(0.1)
+        if process.returncode:
+            raise SystemExit(f"{command[0]} failed: exit code {process.returncode}")
+        output.seek(0)
+        return [float(x) for x in output.read().split()], sum(peaks.values()) / 1024
 
 
 def write_text(path: Path, megabytes: int) -> None:

@@ -397,7 +397,7 @@ class Config:
     load_path: str | None = None
     """Checkpoint to start from."""
     trust_checkpoint: bool = False
-    """Load a load_path from outside save_folder even where that could run code hidden in it (a pickle)."""
+    """Load a checkpoint even where that could run code hidden in it (a pickle)."""
     load_weights_only: bool = False
     """Take only the weights of load_path, not the optimizer's state and the clock."""
     autoresume: bool = False

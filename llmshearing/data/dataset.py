@@ -137,9 +137,8 @@ class MixtureDataset(IterableDataset):
 
     def _log_passes(self, before: list[int]) -> None:
         """Say which domains the last batch has begun anew."""
-        for name, order, old, new in zip(
-            self.set_names or ["data"], self.mixture.orders, before, self.mixture.drawn, strict=False
-        ):
+        mixture = self.mixture  # whose names are those of its streams: a plain stream has one, whatever is in it
+        for name, order, old, new in zip(mixture.set_names, mixture.orders, before, mixture.drawn, strict=True):
             if new > old and (new - 1) // order.size > (old - 1) // order.size >= 0:
                 log.info("domain %s: epoch %d of its %d samples begins", name, (new - 1) // order.size + 1, order.size)
 

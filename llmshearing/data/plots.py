@@ -37,7 +37,7 @@ def plot_fits(
     """One panel a domain: measured losses [M, K], the curve loss(N) = a N^-b + c, and the target at `parameters`."""
     figure, panels = _figure(-(-len(names) // 3), min(3, len(names)))
     grid = np.geomspace(min(*sizes, parameters) / 1.5, max(*sizes, parameters) * 1.5, 200)
-    for panel, name, column, (a, b, c) in zip(panels, names, losses.T, curves, strict=False):
+    for panel, name, column, (a, b, c) in zip(panels[: len(names)], names, losses.T, curves, strict=True):
         panel.plot(grid, a * grid**-b + c, label=f"{a:.3g} N^-{b:.3g} + {c:.3g}")
         panel.plot(sizes, column, "o", label="measured")
         panel.plot([parameters], [a * parameters**-b + c], "*", markersize=12, label="target")

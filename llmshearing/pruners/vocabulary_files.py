@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ def derivation(piece: str, rank: Rank) -> set[str]:
     """All symbols on the way from a piece's characters to the piece by merges; empty if they do not lead there."""
     symbols, seen = list(piece), set(piece)
     while len(symbols) > 1:
-        ranks = [(rank(a, b), at) for at, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))]
+        ranks = [(rank(a, b), at) for at, (a, b) in enumerate(pairwise(symbols))]
         possible = [(value, at) for value, at in ranks if value is not None]
         if not possible:
             return set()

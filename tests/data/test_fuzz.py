@@ -67,18 +67,19 @@ def shards(request, tmp_path_factory) -> Path:
     return folder
 
 
-def right_or_refused(folder: Path, intact: bool = True) -> None:
-    """`intact`: what comes out is what was written, since the shards are whole, or have hashes."""
+def right_or_refused(folder: Path, intact: bool = True) -> bool:
+    """Whether it was refused. `intact`: else what comes out is what was written, since the shards are whole."""
     try:
         directory = MdsDirectory(folder, SEQ, VOCAB)
         found = [directory[i] for i in range(len(directory))]
     except ShearingError as error:
         assert str(folder) in str(error)
-        return
+        return True
     for tokens, name in found:
         assert tokens.shape == (SEQ,) and tokens.dtype == np.int64 and isinstance(name, str)
         assert tokens.min() >= 0 and tokens.max() < VOCAB
         assert not intact or (tokens.min() == tokens.max() < SAMPLES and name == "a")
+    return False
 
 
 def manifest_right_or_refused(path: Path) -> None:
@@ -122,7 +123,8 @@ def test_a_file_with_bytes_changed(shards: Path, name: str, changes) -> None:
     whole = file.read_bytes()
     hashed = all(shard["raw_data"]["hashes"] for shard in json.loads((shards / "index.json").read_bytes())["shards"])
     try:
-        file.write_bytes(mutated(whole, changes))
-        right_or_refused(shards, intact=hashed or name == "index.json")
+        file.write_bytes(changed_bytes := mutated(whole, changes))
+        refused = right_or_refused(shards, intact=name == "index.json")
+        assert refused or not hashed or name == "index.json" or changed_bytes == whole
     finally:
         file.write_bytes(whole)

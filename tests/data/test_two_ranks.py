@@ -73,7 +73,7 @@ def test_two_ranks_are_one_stream(domains):
     alone = train_rows(spec)
     assert [a + b for a, b in zip(rows_0, rows_1, strict=True)] == alone
     smallest = [sample for batch in alone for domain, sample in batch if domain == 0]
-    assert len(smallest) > 3 * 5  # its five samples have come round more than three times, on both ranks
+    assert len(smallest) > 3 * 5  # its five samples have come round more than three times
     assert state_0 == state_1 == spec.dataloader.dataset.state_dict(12, True)
     batches = list(evaluation.dataloader)
     expected = [p for b in batches for p in zip(b["set"].tolist(), b["sample"].tolist(), strict=True)]

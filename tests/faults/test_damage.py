@@ -269,6 +269,21 @@ def test_load_path_from_outside_holds_plain_data_only(lab, finished, tmp_path):
     assert trap.exists()
 
 
+def test_load_path_from_the_run_folder_is_looked_at_too(lab, broken, tmp_path):
+    """A pickle that somebody put there, in a file and behind the index of a sharded folder."""
+    trap = tmp_path / "executed"
+    evil = broken / "ep0-ba6-rank0.pt"
+    torch.save({**load_plain(evil), "more": Evil(trap)}, evil)
+    with pytest.raises(ShearingError, match=r"ep0-ba6-rank0\.pt"):
+        train(configured(lab, tmp_path, load_path=str(evil), save_overwrite=True))
+    folder = broken / "ep0-ba9"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle_of(Evil(trap)))
+    with pytest.raises(ShearingError, match="ep0-ba9"):
+        train(configured(lab, tmp_path, load_path=str(folder), save_overwrite=True))
+    assert not trap.exists()
+
+
 def test_a_pickle_cannot_slip_in_after_the_check(lab, finished, tmp_path, monkeypatch):
     """Composer itself loads plain data only, whatever the file has become since it was looked at."""
     from llmshearing import train as module
