@@ -115,7 +115,7 @@ import sys
 from llmshearing.data.prepare import prepare
 if __name__ == "__main__":
     folder, tokenizer, output, processes = sys.argv[1:]
-    manifest = prepare(folder, tokenizer, output, 1024, processes=int(processes), progress=False)
+    manifest = prepare(folder, tokenizer, output, 1024, processes=int(processes), progress=False, shard_size="4mb")
     print(sum(n["tokens"] for split in manifest["splits"].values() for n in split.values()))
 """
 ENCODE = """

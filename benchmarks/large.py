@@ -35,6 +35,7 @@ from llmshearing.train import train
 
 STAGES = ("source", "train", "fold", "convert")
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
 DOMAIN = "random"
 
 
@@ -126,7 +127,9 @@ def one_rank(path: Path) -> None:
 def measured(*words: str | Path) -> dict[str, float]:
     """Run a command; its seconds and the peak memory of its largest process."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # The launcher runs this file as a script, whose own folder is then on the path and the checkout is not.
+    changed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **changed})
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) != 0:
         sys.exit(f"failed: {' '.join(map(str, words))}")
