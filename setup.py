@@ -27,7 +27,7 @@ EXTRAS = {
     "examples": ["gguf>=0.17"],
     # Parquet files as input of llmshearing.data.prepare
     "parquet": ["pyarrow>=15"],
-    # plots of llmshearing.data.target_loss
+    # plots of llmshearing.data.mixture.target_loss
     "plot": ["matplotlib>=3.8"],
     "dev": [
         "pyarrow>=15",

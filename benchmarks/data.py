@@ -37,7 +37,7 @@ def loader() -> dict[str, float]:
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 
-    from llmshearing.data.loader import build_train_dataloader
+    from llmshearing.data.mixture.loader import build_train_dataloader
 
     seconds: dict[str, list[float]] = {"ours": [], "streaming": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +74,8 @@ SCALE = """
 import sys, time
 import numpy as np
 from benchmarks.common import peak_rss
-from llmshearing.data.dataset import MixtureDataset
-from llmshearing.data.mixture import Mixture
+from llmshearing.data.mixture.dataset import MixtureDataset
+from llmshearing.data.mixture.mixture import Mixture
 
 class Simulated:
     max_seq_len, path, block = 16, "simulated", 8192
@@ -112,7 +112,7 @@ def scale() -> dict[str, float]:
 
 PREPARE = """
 import sys
-from llmshearing.data.prepare import prepare
+from llmshearing.data.prepare.run import prepare
 if __name__ == "__main__":
     folder, tokenizer, output, processes = sys.argv[1:]
     manifest = prepare(folder, tokenizer, output, 1024, processes=int(processes), progress=False, shard_size="4mb")

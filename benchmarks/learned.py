@@ -17,8 +17,8 @@ import yaml
 from transformers import AutoConfig
 
 from llmshearing.families import table_for
-from llmshearing.pruners import METHODS
-from llmshearing.pruners.targets import resolve_target
+from llmshearing.prune.methods import METHODS
+from llmshearing.prune.targets import resolve_target
 
 
 def config(

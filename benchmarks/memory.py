@@ -34,8 +34,8 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.common import RESULTS, save_part
-from llmshearing.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
-from llmshearing.convert import write_hf_directory
+from llmshearing.checkpoints import write_hf_directory
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import LazyTensor, LazyTensors

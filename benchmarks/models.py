@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import machine
-from llmshearing.axes import Selection, fold
-from llmshearing.callbacks.losses import LossMonitor
-from llmshearing.callbacks.pruning import PruningCallback
 from llmshearing.families import table_for
+from llmshearing.fold.fold import fold
+from llmshearing.fold.selection import Selection
 from llmshearing.masks.hard_concrete import LOG_ALPHA_MAX
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.model import CAUSAL_SDPA, ShearingModel
-from llmshearing.optimizer import FusedDecoupledAdamW
+from llmshearing.training.callbacks.losses import LossMonitor
+from llmshearing.training.callbacks.pruning import PruningCallback
+from llmshearing.training.model import CAUSAL_SDPA, ShearingModel
+from llmshearing.training.optimizer import FusedDecoupledAdamW
 
 KINDS = ["hidden", "head", "intermediate", "layer"]
 TARGET = {"hidden": 256, "head": 4, "intermediate": 688, "layer": 6}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshearing.pruners.linalg import damped_inverse, remove_units, shrinking_groups, unit_scores
-from llmshearing.pruners.obs import LARGEST, SMALLEST
+from llmshearing.prune.methods.obs.linalg import damped_inverse, remove_units, shrinking_groups, unit_scores
+from llmshearing.prune.methods.obs.method import LARGEST, SMALLEST
 
 PERCDAMP = 0.01
 

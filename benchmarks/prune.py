@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import machine
 from benchmarks.learned import shear
-from llmshearing.data.loader import build_eval_dataloader
-from llmshearing.data.shards import MdsDirectory
-from llmshearing.evaluation import domain_losses
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.loader import build_eval_dataloader
 from llmshearing.prune import SequenceOptions, prune
+from llmshearing.training.evaluation import domain_losses
 
 LEARNED = "learned masks"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

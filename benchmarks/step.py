@@ -44,7 +44,7 @@ from benchmarks.models import (
     shearing,
 )  # fmt: skip
 from benchmarks.plots import plot_lines
-from llmshearing.loss import token_losses
+from llmshearing.training.loss import token_losses
 
 PARTS = ("ratios", "curve", "memory")
 LARGE_VOCABULARY = 32_000

@@ -13,6 +13,6 @@ __version__ = "0.1.0"
 
 @when_imported("transformers.models.auto.configuration_auto")
 def _register(module: ModuleType) -> None:
-    from llmshearing.nonuniform.config import register
+    from llmshearing.families.nonuniform.config import register
 
     register()

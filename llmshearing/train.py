@@ -22,26 +22,26 @@ from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
 from composer.utils import dist, format_name_with_dist
 
-from llmshearing.callbacks.checkpoint_info import CheckpointInfo
-from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
-from llmshearing.callbacks.gradients import Gradients
-from llmshearing.callbacks.losses import LossMonitor
-from llmshearing.callbacks.pruning import PruningCallback
-from llmshearing.callbacks.shearing import Shearing
-from llmshearing.callbacks.stop import StopOnSignal
 from llmshearing.config import Config, load_config, to_yaml
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
-from llmshearing.data.manifest import check_tokenizer
-from llmshearing.distributed import fsdp2
+from llmshearing.data.mds.manifest import check_tokenizer
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.model import ShearingModel
-from llmshearing.optimizer import FusedDecoupledAdamW
-from llmshearing.resume import check_load_path, plain_data_only, prepare
-from llmshearing.safety import build_safety, restore_random
-from llmshearing.signals import StopRequest, stop_request
-from llmshearing.source import Source, build_masks, load_model, mask_info, read_source
-from llmshearing.watch import Watch, meet, watching
+from llmshearing.training.callbacks.checkpoint_info import CheckpointInfo
+from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.training.callbacks.gradients import Gradients
+from llmshearing.training.callbacks.losses import LossMonitor
+from llmshearing.training.callbacks.pruning import PruningCallback
+from llmshearing.training.callbacks.shearing import Shearing
+from llmshearing.training.distributed import fsdp2
+from llmshearing.training.model import ShearingModel
+from llmshearing.training.optimizer import FusedDecoupledAdamW
+from llmshearing.training.resilience.build import build_safety, restore_random
+from llmshearing.training.resilience.resume import check_load_path, plain_data_only, prepare
+from llmshearing.training.resilience.signals import StopRequest, stop_request
+from llmshearing.training.resilience.stop import StopOnSignal
+from llmshearing.training.resilience.watch import Watch, meet, watching
+from llmshearing.training.source import Source, build_masks, load_model, mask_info, read_source
 
 log = logging.getLogger("llmshearing.train")
 

@@ -179,7 +179,7 @@ def small_lab(root: Path):
     """As the fixture `lab`, with so little text that an epoch has a dozen batches."""
     from helpers_runs import Lab, documents, make_model, save_tokenizer
 
-    from llmshearing.data.prepare import prepare
+    from llmshearing.data.prepare.run import prepare
 
     source = root / "source"
     make_model(initializer_range=0.1).save_pretrained(source)
@@ -217,7 +217,7 @@ def write_jobs(lab, root: Path) -> dict[str, Path]:
 
 def load_plain(path: Path) -> dict:
     """Everything in a checkpoint file."""
-    from llmshearing.resume import plain_data_only
+    from llmshearing.training.resilience.resume import plain_data_only
 
     with plain_data_only():
         return torch.load(path, weights_only=True, map_location="cpu")

@@ -4,7 +4,7 @@ import torch
 from helpers_oracle import random_model, tiny_config
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
-from llmshearing.pruners import Calibration
+from llmshearing.prune.methods import Calibration
 
 VARIANTS = {
     "MHA": {},

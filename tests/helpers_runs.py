@@ -92,7 +92,7 @@ def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def build_lab(root: Path) -> Lab:
-    from llmshearing.data.prepare import prepare
+    from llmshearing.data.prepare.run import prepare
 
     source = root / "source"
     make_model(initializer_range=0.1).save_pretrained(source)
@@ -156,8 +156,8 @@ def configured(lab: Lab, tmp_path: Path, **changes):
 
 def trainer_of(cfg):
     """The trainer that `train` would build and, listening to it, a logger that keeps everything in memory."""
-    from llmshearing.source import read_source
     from llmshearing.train import build_trainer
+    from llmshearing.training.source import read_source
 
     trainer = build_trainer(cfg, read_source(cfg), "cpu")
     memory = InMemoryLogger()

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from helpers_runs import NAMES, SEQ, VOCAB, configured, free_port, make_model, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmshearing.axes import fold, folded_shape
-from llmshearing.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
+from llmshearing.checkpoints import build_model, checkpoint_to_hf, prune_and_save_model
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
 from llmshearing.config import load_config
-from llmshearing.convert import build_model, checkpoint_to_hf, prune_and_save_model
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.families import table_for
+from llmshearing.fold.fold import fold, folded_shape
+from llmshearing.fold.selection import load_selection
 from llmshearing.masks.l0 import selection_from_gates
-from llmshearing.selection_io import load_selection
 from llmshearing.train import train
 
 pytestmark = pytest.mark.slow

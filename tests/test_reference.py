@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llmshearing.axes import fold, folded_shape
 from llmshearing.families import table_for
-from llmshearing.gating import attach
+from llmshearing.fold.fold import fold, folded_shape
+from llmshearing.fold.gating import attach
 from llmshearing.masks import hard_concrete, lagrangian
 from llmshearing.masks.l0 import BLOCK_KINDS, TOTAL, L0Masks, selection_from_gates
 

@@ -22,15 +22,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.quickstart.train_source import EVAL_FRACTION, SEQUENCE
-from llmshearing.axes import fold, folded_shape
-from llmshearing.checkpoint import read_checkpoint, save_checkpoint
+from llmshearing.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+from llmshearing.checkpoints.hf_read import hf_to_checkpoint
 from llmshearing.config import Config, load_config
-from llmshearing.convert.hf import hf_to_checkpoint
 from llmshearing.errors import ShearingError
-from llmshearing.evaluation import domain_losses, eval_batches, tokens_per_second
-from llmshearing.model import CAUSAL_SDPA
-from llmshearing.pruners.random import random_selection
-from llmshearing.source import read_source
+from llmshearing.fold.fold import fold, folded_shape
+from llmshearing.prune.methods.random import random_selection
+from llmshearing.training.evaluation import domain_losses, eval_batches, tokens_per_second
+from llmshearing.training.model import CAUSAL_SDPA
+from llmshearing.training.source import read_source
 
 log = logging.getLogger("quickstart")
 SOURCE = Path("examples/quickstart/source")

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from examples.quickstart.tokenizer import train_tokenizer
-from llmshearing.data.options import Options
-from llmshearing.data.packing import split_of
+from llmshearing.data.prepare.options import Options
+from llmshearing.data.prepare.packing import split_of
 from llmshearing.errors import ShearingError
-from llmshearing.model import CAUSAL_SDPA
+from llmshearing.training.model import CAUSAL_SDPA
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from examples.quickstart.run import last_checkpoint, load, table
 from examples.smollm2.source import generate
 from llmshearing.config import Config, load_config
 from llmshearing.errors import ShearingError
-from llmshearing.evaluation import domain_losses, eval_batches, tokens_per_second
+from llmshearing.training.evaluation import domain_losses, eval_batches, tokens_per_second
 
 log = logging.getLogger("smollm2")
 

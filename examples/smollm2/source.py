@@ -24,10 +24,10 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.smollm2.gguf_model import open_gguf, read_config, read_tokenizer, read_weights
-from llmshearing.convert.export import write_hf_directory
-from llmshearing.convert.hf import load_hf_model
+from llmshearing.checkpoints.hf_read import load_hf_model
+from llmshearing.checkpoints.hf_write import write_hf_directory
 from llmshearing.errors import ShearingError
-from llmshearing.model import token_losses
+from llmshearing.training.model import token_losses
 
 log = logging.getLogger("examples.smollm2.source")
 

@@ -5,11 +5,11 @@ compares log-probabilities, `card` writes the README of an exported model, `argu
 guards what exists, `cli` has the commands.
 """
 
-from llmshearing.convert.card import model_card
-from llmshearing.convert.equality import Comparison, compare
-from llmshearing.convert.export import checkpoint_to_hf, write_hf_directory
-from llmshearing.convert.folding import fold_checkpoint, prune_and_save_model
-from llmshearing.convert.hf import build_model, hf_to_checkpoint, load_hf_weights
+from llmshearing.checkpoints.card import model_card
+from llmshearing.checkpoints.equality import Comparison, compare
+from llmshearing.checkpoints.folding import fold_checkpoint, prune_and_save_model
+from llmshearing.checkpoints.hf_read import build_model, hf_to_checkpoint, load_hf_weights
+from llmshearing.checkpoints.hf_write import checkpoint_to_hf, write_hf_directory
 
 __all__ = [
     "Comparison",

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from llmshearing.checkpoint import CheckpointInfo
+from llmshearing.checkpoints.checkpoint import CheckpointInfo
 from llmshearing.families import table_for
-from llmshearing.nonuniform.config import SIZES
+from llmshearing.families.nonuniform.config import SIZES
 
 HEADER = """---
 library_name: transformers

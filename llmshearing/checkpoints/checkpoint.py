@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from llmshearing.axes import Table
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.table import Table
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import Archive, LazyTensor, LazyTensors, lazily, open_archive, write_torch_file
 from llmshearing.storage.archive import is_sharded

@@ -7,12 +7,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from llmshearing.checkpoint import is_checkpoint
-from llmshearing.convert.arguments import parse_pairs
-from llmshearing.convert.equality import compare
-from llmshearing.convert.export import checkpoint_to_hf
-from llmshearing.convert.folding import prune_and_save_model
-from llmshearing.convert.hf import hf_to_checkpoint
+from llmshearing.checkpoints.arguments import parse_pairs
+from llmshearing.checkpoints.checkpoint import is_checkpoint
+from llmshearing.checkpoints.equality import compare
+from llmshearing.checkpoints.folding import prune_and_save_model
+from llmshearing.checkpoints.hf_read import hf_to_checkpoint
+from llmshearing.checkpoints.hf_write import checkpoint_to_hf
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

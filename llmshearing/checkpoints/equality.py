@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel
 
-from llmshearing.checkpoint import read_checkpoint
-from llmshearing.convert.export import refuse_masks
-from llmshearing.convert.hf import build_model, load_hf_model
+from llmshearing.checkpoints.checkpoint import read_checkpoint
+from llmshearing.checkpoints.hf_read import build_model, load_hf_model
+from llmshearing.checkpoints.hf_write import refuse_masks
 from llmshearing.errors import ShearingError
 
 BATCH = 4  # sequences at once: two [B, T, V] in float32 are the largest tensors

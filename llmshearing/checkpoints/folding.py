@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmshearing.axes import Selection, Table, check_foldable, fold_lazily, folded_shape
-from llmshearing.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
-from llmshearing.convert.arguments import check_facts
-from llmshearing.convert.output import check_file
+from llmshearing.checkpoints.arguments import check_facts
+from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
+from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
-from llmshearing.families import folded_config, table_for
+from llmshearing.families import table_for
+from llmshearing.families.table import Table
+from llmshearing.fold.fold import check_foldable, fold_lazily, folded_config, folded_shape
+from llmshearing.fold.selection import Selection, save_selection
 from llmshearing.masks import hard_concrete
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
-from llmshearing.selection_io import save_selection
 from llmshearing.storage import LazyTensor, LazyTensors
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def prune_and_save_model(
         path: checkpoint file, or a directory with `latest-rank0.pt`.
         output: default `pruned-<name of the checkpoint>` in the same directory.
         given: facts about the compact model's config, to be checked.
-        uniform, zero_closed_blocks: see :func:`final_gates` and :func:`llmshearing.axes.fold_lazily`.
+        uniform, zero_closed_blocks: see :func:`final_gates` and :func:`llmshearing.families.table.fold_lazily`.
         overwrite: replace an output that exists.
 
     Raises:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmshearing.checkpoint import CheckpointInfo, check_weights, save_checkpoint
-from llmshearing.convert.arguments import check_facts
-from llmshearing.convert.output import check_file
+from llmshearing.checkpoints.arguments import check_facts
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, save_checkpoint
+from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.storage import LazyTensors, open_weights

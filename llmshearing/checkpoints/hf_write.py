@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig
 
-from llmshearing.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
-from llmshearing.convert.arguments import LABEL
-from llmshearing.convert.card import model_card, tokenizer_of
-from llmshearing.convert.hf import DTYPES, SETTABLE, check_given, looks_local, model_class
-from llmshearing.convert.output import TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.checkpoints.arguments import LABEL
+from llmshearing.checkpoints.card import model_card, tokenizer_of
+from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
+from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks_local, model_class
+from llmshearing.checkpoints.output import TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors

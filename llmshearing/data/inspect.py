@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from streaming import LocalDataset
 
-from llmshearing.data.shards import BYTES_DTYPE
-from llmshearing.data.tokenizer import load_decoder
+from llmshearing.data.mds.shards import BYTES_DTYPE
+from llmshearing.data.text.tokenizer import load_decoder
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmshearing.data.mixture import update_proportion
+from llmshearing.data.mixture.mixture import update_proportion
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

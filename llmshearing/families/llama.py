@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmshearing.axes import Axis, Kind, Table, TensorSpec
+from llmshearing.families.table import Axis, Kind, Table, TensorSpec
 
 LAYER = "model.layers.{layer}."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llmshearing.axes import Table
 from llmshearing.families.llama import llama_table
+from llmshearing.families.table import Table
 
 
 def mistral_table(config: Any, head_mode: str = "group") -> Table:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llmshearing.axes import Table, TensorSpec
 from llmshearing.families.llama import LAYER, llama_table
+from llmshearing.families.table import Table, TensorSpec
 
 
 def qwen2_table(config: Any, head_mode: str = "group") -> Table:

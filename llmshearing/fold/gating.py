@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmshearing.axes import Cut, Selection, Table, gate_and_gather
 from llmshearing.errors import ShearingError
-from llmshearing.norm import rms_norm
+from llmshearing.families.table import Table
+from llmshearing.fold.fold import Cut, gate_and_gather, length, resolve
+from llmshearing.fold.norm import rms_norm
+from llmshearing.fold.selection import Selection
 
 
 class Gating:
@@ -42,7 +44,7 @@ class Gating:
         if selection is not None and "vocab" in selection.units:
             raise ShearingError("a selection of vocabulary can be folded, not run: fold it first")
         self.selection = selection
-        self._cuts = {} if selection is None else self.table.resolve(selection)
+        self._cuts = {} if selection is None else resolve(self.table, selection)
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """The tensor of this name as the folded model has it, in the dtype of autocast where that is on."""
@@ -67,7 +69,7 @@ class Gating:
         """Query heads that share a KV head in a layer; None: as in the source."""
         if self.selection is None:
             return None
-        query, kv = (self.table.length(axis, layer, self.selection) for axis in self.table.attention_axes)
+        query, kv = (length(self.table, axis, layer, self.selection) for axis in self.table.attention_axes)
         return query // kv if kv else None
 
 

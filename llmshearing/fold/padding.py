@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmshearing.axes import Table
 from llmshearing.families import table_for
-from llmshearing.nonuniform.config import config_of, config_with_sizes
+from llmshearing.families.nonuniform.config import config_of, config_with_sizes
+from llmshearing.families.table import Table
 
 View = tuple[int, int, int]
 

@@ -1,4 +1,6 @@
-"""Selections on disk: one safetensors file that replays what a pruner chose.
+"""What a pruner chose: for each kind of unit (and layer) which units stay, and with what gate. Plain data.
+
+On disk it is one safetensors file that replays the choice:
 
     units.<kind>.<row>.index   int64 [k]     kept units; row: the source layer, 0 for kinds shared by all layers
     units.<kind>.<row>.gate    [k]           absent where all gates are 1
@@ -10,19 +12,116 @@ The header's metadata lists kinds and rows as JSON, and whatever else the caller
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmshearing import durable
-from llmshearing.axes import Selection, Units
+from llmshearing import files
 from llmshearing.errors import ShearingError
+from llmshearing.families.table import BLOCKS, Kind, Table
 
 FORMAT = "llmshearing-selection-1"
+
+
+@dataclass(frozen=True)
+class Units:
+    """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1.
+
+    padding: how many of them are closed units with gate 0, there to make a legal or handy number.
+    """
+
+    index: Tensor
+    gate: Tensor | None = None
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a pruner chose. Plain data.
+
+    units: kind -> one :class:`Units` (kinds shared by all layers) or one per *source* layer; a kind that is absent
+    stays whole. blocks: block -> gate [L]; 0 closes it; an absent block is open. A layer with all blocks closed is
+    dropped. known_open: ``block_open``, where the maker has it at hand already.
+    """
+
+    units: Mapping[str, tuple[Units, ...]] = field(default_factory=dict)
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
+    known_open: Mapping[str, list[bool]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def block_open(self) -> Mapping[str, list[bool]]:
+        """block -> whether it is open, by layer (a transfer from the device for each block, unless known already)."""
+        if self.known_open is not None:
+            return self.known_open
+        return {block: (gate.detach() != 0).tolist() for block, gate in self.blocks.items()}
+
+    def is_open(self, block: str, layer: int) -> bool:
+        return self.block_open[block][layer] if block in self.blocks else True
+
+    def layer_is_open(self, layer: int) -> bool:
+        return any(self.is_open(block, layer) for block in BLOCKS)
+
+    def kept_layers(self, layers: int) -> list[int]:
+        return [layer for layer in range(layers) if self.layer_is_open(layer)]
+
+
+def keep_highest(score: Tensor, runs: int, number: int) -> Units:
+    """The ``number`` units of highest score [n] in each of ``runs`` equal runs."""
+    best = score.view(runs, -1).topk(number, dim=-1).indices.sort(dim=-1).values
+    return Units((best + torch.arange(runs)[:, None] * (len(score) // runs)).flatten())
+
+
+def layer_gates(layers: int, drop: Sequence[int] | None) -> dict[str, Tensor]:
+    """Gates [L] of all blocks: 0 at dropped layers, else 1; none where no layer is dropped."""
+    gates = torch.ones(layers)
+    gates[list(drop or ())] = 0.0
+    return dict.fromkeys(BLOCKS, gates) if drop else {}
+
+
+def check_selection(table: Table, selection: Selection) -> None:
+    """Refuse a selection that is not one of this table's model, such as one that was read from another model's file.
+
+    Raises:
+        ShearingError: naming each kind, row or block that is unknown, of the wrong length, out of order or out of
+            range, and layers whose KV groups keep unequal numbers of query heads (these would pair with wrong keys).
+    """
+    problems = []
+    for kind, rows in selection.units.items():
+        if kind not in table.kinds:
+            problems.append(f"{kind!r} is no kind of the {table.family} family ({', '.join(table.kinds)})")
+        elif len(rows) != (want := 1 if table.kinds[kind].rows is None else table.layers):
+            problems.append(f"{kind}: units of {len(rows)} layers, the model needs {want}")
+        else:
+            per_layer = table.kinds[kind].rows is not None
+            problems += [
+                f"{kind}, row {row}: {say}"
+                for row, units in enumerate(rows)
+                for say in _problems(table.at_layer(row if per_layer else None).kinds[kind], units)
+            ]
+    for block, gate in selection.blocks.items():
+        if block not in BLOCKS or gate.shape != (table.layers,):
+            problems.append(f"block {block!r}: shape {list(gate.shape)}; there are {BLOCKS}, of {table.layers} layers")
+    if problems:
+        raise ShearingError("the selection does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _problems(kind: Kind, units: Units) -> Iterator[str]:
+    index, size = units.index.tolist(), kind.size * (kind.rows or 1)
+    if index != sorted(set(index)) or any(not 0 <= i < size for i in index):
+        yield f"its units must ascend, each once, within 0 to {size - 1}"
+    elif units.gate is not None and units.gate.shape != units.index.shape:
+        yield f"{len(units.gate)} gates for {len(index)} units"
+    elif kind.rows is None and units.padding:
+        yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
+    elif len({sum(i // kind.size == row for i in index) for row in range(kind.rows or 1)}) > 1:
+        yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 
 
 def save_selection(path: Path | str, selection: Selection, about: Mapping[str, Any] | None = None) -> Path:
@@ -42,7 +141,7 @@ def save_selection(path: Path | str, selection: Selection, about: Mapping[str, A
     }
     # A clone each: safetensors refuses tensors that share memory, as the gates of blocks may.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with durable.whole(path) as temporary:
+    with files.whole(path) as temporary:
         save_file(copies, temporary, metadata=metadata)
     return path
 

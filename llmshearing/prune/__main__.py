@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from llmshearing.convert.arguments import parse_pairs
+from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.errors import ShearingError
+from llmshearing.prune.methods import METHODS
 from llmshearing.prune.run import prune
 from llmshearing.prune.sequences import SequenceOptions
-from llmshearing.pruners import METHODS
-from llmshearing.pruners.targets import DROP, RATIO
+from llmshearing.prune.targets import DROP, RATIO
 
 log = logging.getLogger(__name__)
 

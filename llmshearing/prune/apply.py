@@ -13,18 +13,19 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from llmshearing.axes import Table, fold_lazily
-from llmshearing.checkpoint import CheckpointInfo
-from llmshearing.convert.card import model_card
-from llmshearing.convert.export import copy_tokenizer, write_hf_directory
-from llmshearing.convert.hf import build_model, load_hf_model
-from llmshearing.convert.output import REPORT, SELECTION, new_directory
+from llmshearing.checkpoints.card import model_card
+from llmshearing.checkpoints.checkpoint import CheckpointInfo
+from llmshearing.checkpoints.hf_read import build_model, load_hf_model
+from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
+from llmshearing.checkpoints.output import REPORT, SELECTION, new_directory
 from llmshearing.errors import ShearingError
-from llmshearing.families import FAMILIES, folded_config, kept_entries
-from llmshearing.nonuniform.config import config_of
-from llmshearing.pruners import Choice
-from llmshearing.pruners.padding import padded
-from llmshearing.selection_io import save_selection
+from llmshearing.families import FAMILIES
+from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.table import Table
+from llmshearing.fold.fold import fold_lazily, folded_config, kept_entries
+from llmshearing.fold.padding import padded
+from llmshearing.fold.selection import save_selection
+from llmshearing.prune.methods import Choice
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Result:
 
 
 def folded(source: PreTrainedModel, table: Table, choice: Choice, dtype: torch.dtype, pad: bool) -> Result:
-    """The model that a choice folds to; pad: in layers of one size (see `llmshearing.pruners.padding`)."""
+    """The model that a choice folds to; pad: in layers of one size (see `llmshearing.fold.padding`)."""
     values = {**folded_config(source.config.to_dict(), table, choice.selection), **choice.config}
     with torch.no_grad():
         makers = fold_lazily(source.state_dict(), table, choice.selection)

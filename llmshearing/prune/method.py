@@ -10,8 +10,8 @@
     calibration  sequences to choose by, or None where there are none; never the ones that the report is made of
     options      what the method's ``add_options`` declared, by destination (``drop_layers`` comes from the target)
 
-A method is listed in METHODS of `llmshearing.pruners`; the command line, the Python call, the fold, the report and the
-files are the same for all.
+A method is listed in METHODS of `llmshearing.prune.methods`; the command line, the Python call, the fold, the report
+and the files are the same for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmshearing.axes import Selection
+from llmshearing.fold.selection import Selection
 
 WIDTH = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmshearing.convert.export import write_hf_directory
-from llmshearing.convert.hf import load_hf_weights
-from llmshearing.convert.output import check_directory
+from llmshearing.checkpoints.hf_read import load_hf_weights
+from llmshearing.checkpoints.hf_write import write_hf_directory
+from llmshearing.checkpoints.output import check_directory
 from llmshearing.errors import ShearingError
-from llmshearing.nonuniform.config import NonUniformConfig, config_of
-from llmshearing.pruners.padding import padded
+from llmshearing.families.nonuniform.config import NonUniformConfig, config_of
+from llmshearing.fold.padding import padded
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import batch_loss
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.methods.decoder import batch_loss
 
 CONTEXT = 128  # tokens of the sequence that FLOPs are told for
 SHORT = (2, 4)  # tokens of the sequences that they are counted on

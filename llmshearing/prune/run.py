@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from llmshearing.axes import Table
-from llmshearing.convert.hf import load_hf_model, looks_local
-from llmshearing.convert.output import REPORT, check_directory
+from llmshearing.checkpoints.hf_read import load_hf_model, looks_local
+from llmshearing.checkpoints.output import REPORT, check_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
+from llmshearing.families.table import Table
+from llmshearing.prune.apply import folded, shortened, write
+from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
+from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
-from llmshearing.prune.results import folded, shortened, write
 from llmshearing.prune.sequences import SequenceOptions, read_calibration
-from llmshearing.pruners import METHODS, Calibration, Choice, Method
-from llmshearing.pruners.decoder import find_decoder, layer_by_layer
-from llmshearing.pruners.targets import DROP, Target, resolve_target
+from llmshearing.prune.targets import DROP, Target, resolve_target
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def prune(
     """Prune a Hugging Face model and write the result as one.
 
     Args:
-        method: one of `llmshearing.pruners.METHODS`. model: directory, or name on the hub.
-        target: keys of the config that shrink, ``drop_layers``, or ``ratio``; see `llmshearing.pruners.targets`.
+        method: one of `llmshearing.prune.methods.METHODS`. model: directory, or name on the hub.
+        target: keys of the config that shrink, ``drop_layers``, or ``ratio``; see `llmshearing.prune.targets`.
         calibration: MDS data, JSONL or text; see `llmshearing.prune.sequences`. Without it there is no perplexity.
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.

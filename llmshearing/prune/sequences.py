@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmshearing.data.packing import EVAL, EVAL_MERGE, FOR_PRUNE, split_of
-from llmshearing.data.shards import MdsDirectory
-from llmshearing.data.sources import SUFFIXES, read_documents
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, FOR_PRUNE, split_of
+from llmshearing.data.text.sources import SUFFIXES, read_documents
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.calibration import Calibration
+from llmshearing.prune.calibration import Calibration
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmshearing.axes import Kind, Table
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.base import WIDTH, Method
+from llmshearing.families.table import Kind, Table
+from llmshearing.prune.method import WIDTH, Method
 
 DROP, RATIO = "drop_layers", "ratio"
 HEADS, GROUPS, INTERMEDIATE = WIDTH

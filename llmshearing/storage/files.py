@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from llmshearing import durable
+from llmshearing import files as durable
 from llmshearing.errors import ShearingError
 
 

@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.data.loader import build_eval_dataloader
-from llmshearing.loss import token_losses
-from llmshearing.model import DomainLoss
+from llmshearing.data.mixture.loader import build_eval_dataloader
+from llmshearing.training.loss import token_losses
+from llmshearing.training.model import DomainLoss
 
 
 def eval_batches(

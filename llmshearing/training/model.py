@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from llmshearing.distributed import mark_units
 from llmshearing.families import table_for
-from llmshearing.gating import attach
-from llmshearing.loss import token_losses
+from llmshearing.fold.gating import attach
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.distributed import mark_units
+from llmshearing.training.loss import token_losses
 
 # transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
 # which is what packed sequences without padding need.

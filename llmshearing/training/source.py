@@ -11,15 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 
-from llmshearing.axes import Table
-from llmshearing.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
-from llmshearing.convert.hf import load_hf_model
-from llmshearing.distributed import reads_source
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.table import Table
 from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
 from llmshearing.storage import load_weights
+from llmshearing.training.distributed import reads_source
 
 
 @dataclass
@@ -104,8 +104,8 @@ def _shape_of(config: PretrainedConfig) -> Shape:
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     """The transformers model with float32 weights, every tensor found and none left over.
 
-    Under FSDP only the first rank reads them (:func:`~llmshearing.distributed.reads_source`); the others' parameters
-    are on the meta device until Composer hands them their shards.
+    Under FSDP only the first rank reads them (:func:`~llmshearing.training.distributed.reads_source`); the others'
+    parameters are on the meta device until Composer hands them their shards.
 
     Raises:
         ShearingError: weights are missing, unexpected or of another shape.
@@ -128,7 +128,7 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
 
 
 def _causal(attention: str, config: PretrainedConfig) -> str:
-    from llmshearing.model import CAUSAL_SDPA
+    from llmshearing.training.model import CAUSAL_SDPA
 
     windowed = getattr(config, "sliding_window", None) is not None
     return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention

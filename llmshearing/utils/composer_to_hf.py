@@ -2,7 +2,7 @@
 
 import sys
 
-from llmshearing.convert.cli import composer_to_hf
+from llmshearing.checkpoints.cli import composer_to_hf
 
 if __name__ == "__main__":
     sys.exit(composer_to_hf())

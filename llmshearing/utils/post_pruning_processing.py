@@ -2,7 +2,7 @@
 
 import sys
 
-from llmshearing.convert.cli import post_pruning_processing
+from llmshearing.checkpoints.cli import post_pruning_processing
 
 if __name__ == "__main__":
     sys.exit(post_pruning_processing())

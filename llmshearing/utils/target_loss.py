@@ -1,7 +1,7 @@
 """Give each domain's target loss: `python -m llmshearing.utils.target_loss {source,fit} ...`.
 
 source  the losses of the source model: it is evaluated on the prepared data, or its evaluation is read from a file
-fit     losses of models of several sizes, extrapolated to the target's size (see llmshearing/data/target_loss.py)
+fit     losses of models of several sizes, extrapolated to the size of the target (llmshearing/data/mixture/target_loss.py)
 
 The last line of the output is a pair of overrides for the training command.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmshearing.data.target_loss import fit, predict, read_models, source_losses
+from llmshearing.data.mixture.target_loss import fit, predict, read_models, source_losses
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def evaluated(model: Path, data: Path, split: str, set_names: Sequence[str] | No
     """
     import torch
 
-    from llmshearing.convert.hf import load_hf_model
-    from llmshearing.evaluation import domain_losses, eval_batches
+    from llmshearing.checkpoints.hf_read import load_hf_model
+    from llmshearing.training.evaluation import domain_losses, eval_batches
 
     try:
         manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmshearing.convert.cli import test_composer_hf_eq
+from llmshearing.checkpoints.cli import test_composer_hf_eq
 
 if __name__ == "__main__":
     sys.exit(test_composer_hf_eq())

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
-from llmshearing.convert import cli
+from llmshearing.checkpoints import cli
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, save_checkpoint
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
 

@@ -13,10 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshearing.axes import Selection, Units
-from llmshearing.checkpoint import CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
 from llmshearing.errors import ShearingError
-from llmshearing.selection_io import load_selection, save_selection
+from llmshearing.fold.selection import Selection, Units, load_selection, save_selection
 
 
 def test_a_file_of_composers_trainer_loads_without_unpickling_code(tmp_path: Path, make_model: Callable) -> None:

@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from llmshearing.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
-from llmshearing.convert import (
+from llmshearing.checkpoints import (
     build_model,
     checkpoint_to_hf,
     compare,
@@ -20,7 +19,8 @@ from llmshearing.convert import (
     load_hf_weights,
     write_hf_directory,
 )
-from llmshearing.convert.arguments import parse_pairs
+from llmshearing.checkpoints.arguments import parse_pairs
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
 from llmshearing.errors import ShearingError
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmshearing.checkpoint import load_masks, read_checkpoint, save_checkpoint
-from llmshearing.convert import build_model, checkpoint_to_hf, prune_and_save_model
+from llmshearing.checkpoints import build_model, checkpoint_to_hf, prune_and_save_model
+from llmshearing.checkpoints.checkpoint import load_masks, read_checkpoint, save_checkpoint
 from llmshearing.errors import ShearingError
-from llmshearing.gating import attach
+from llmshearing.fold.gating import attach
+from llmshearing.fold.selection import load_selection
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.selection_io import load_selection
 
 IDS = torch.arange(40).view(2, 20) % 53
 

@@ -8,8 +8,8 @@ import torch
 from helpers_storage import save_sharded
 from transformers import AutoModelForCausalLM
 
-from llmshearing.checkpoint import checkpoint_file, is_checkpoint, read_checkpoint
-from llmshearing.convert import compare, hf_to_checkpoint, prune_and_save_model
+from llmshearing.checkpoints import compare, hf_to_checkpoint, prune_and_save_model
+from llmshearing.checkpoints.checkpoint import checkpoint_file, is_checkpoint, read_checkpoint
 from llmshearing.errors import ShearingError
 
 

@@ -75,7 +75,7 @@ def tokenizer_file(tmp_path_factory, texts) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, corpus, tokenizer_file) -> Path:
-    from llmshearing.data.prepare import prepare
+    from llmshearing.data.prepare.run import prepare
 
     output = tmp_path_factory.mktemp("prepared") / "data"
     prepare(corpus, tokenizer_file, output, SEQ, eval_fraction=0.3, for_prune_fraction=0.3, progress=False)

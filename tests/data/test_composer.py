@@ -7,7 +7,7 @@ from composer import Callback, Trainer
 from composer.models import ComposerModel
 from torchmetrics import SumMetric
 
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 
 SEQ, VOCAB = 16, 300
 

@@ -11,8 +11,8 @@ from helpers_fuzz import mutated, mutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmshearing.data.manifest import MANIFEST, check_model, read_manifest, table
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.manifest import MANIFEST, check_model, read_manifest, table
+from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 
 from .conftest import SEQ, VOCAB

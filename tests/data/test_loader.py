@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
-from llmshearing.data.dataset import EvalDataset, MixtureDataset, fair_subset
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader, real_samples
-from llmshearing.data.mixture import Mixture
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.dataset import EvalDataset, MixtureDataset, fair_subset
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader, real_samples
+from llmshearing.data.mixture.mixture import Mixture
 from llmshearing.errors import ShearingError
 
 SEQ, VOCAB = 16, 300

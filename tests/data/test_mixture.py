@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshearing.data.mixture import (
+from llmshearing.data.mixture.mixture import (
     Interleaver,
     Mixture,
     check_proportion,

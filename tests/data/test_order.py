@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshearing.data.order import WINDOW, DomainOrder, Permutation, mix, shuffled
+from llmshearing.data.mixture.order import WINDOW, DomainOrder, Permutation, mix, shuffled
 
 
 @given(st.integers(1, 400), st.integers(0, 5), st.integers(1, 30))

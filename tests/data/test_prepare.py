@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
-from llmshearing.data import job, sources
-from llmshearing.data.encoding import Encoders, Recipe, WorkerDied
 from llmshearing.data.inspect import main as inspect_main
-from llmshearing.data.manifest import check_tokenizer, table
-from llmshearing.data.packing import Documents, Packer, split_of
-from llmshearing.data.prepare import main, prepare
-from llmshearing.data.sources import Chunk, Lines, Place
-from llmshearing.data.tokenizer import load_tokenizer
+from llmshearing.data.mds.manifest import check_tokenizer, table
+from llmshearing.data.prepare import job
+from llmshearing.data.prepare.encoding import Encoders, Recipe, WorkerDied
+from llmshearing.data.prepare.packing import Documents, Packer, split_of
+from llmshearing.data.prepare.run import main, prepare
+from llmshearing.data.text import sources
+from llmshearing.data.text.sources import Chunk, Lines, Place
+from llmshearing.data.text.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
 
 SEQ = 16

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from llmshearing.data import prepare as command
-from llmshearing.data import remote as remote_module
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
-from llmshearing.data.prepare import prepare
-from llmshearing.data.remote import Remote
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds import remote as remote_module
+from llmshearing.data.mds.remote import Remote
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.prepare import run as command
+from llmshearing.data.prepare.run import prepare
 from llmshearing.errors import ShearingError
 
 SEQ, VOCAB = 16, 300

@@ -11,9 +11,9 @@ from streaming import LocalDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmshearing.config import load_config
+from llmshearing.data.mixture.target_loss import fit, predict, source_losses
 from llmshearing.data.plots import SETTINGS, simulate
 from llmshearing.data.plots import main as plots_main
-from llmshearing.data.target_loss import fit, predict, source_losses
 from llmshearing.errors import ShearingError
 from llmshearing.utils.target_loss import main
 

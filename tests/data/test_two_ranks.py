@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 
 SEQ, VOCAB = 16, 300
 CHANGE_AT, LAST = 3, 20  # batches; the epoch of 68 samples wraps in between

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llmshearing.data.dataset import EvalDataset, MixtureDataset
-from llmshearing.data.loader import build_eval_dataloader, build_train_dataloader
-from llmshearing.data.mixture import Mixture
-from llmshearing.data.reading import join
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.dataset import EvalDataset, MixtureDataset
+from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
+from llmshearing.data.mixture.mixture import Mixture
+from llmshearing.data.mixture.reading import join
 from llmshearing.errors import ShearingError
 
 SEQ, VOCAB, GLOBAL = 16, 300, 8

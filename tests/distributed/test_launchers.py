@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers_runs import ROOT, free_port, settings, write_yaml
 
-from llmshearing.checkpoint import read_checkpoint
+from llmshearing.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

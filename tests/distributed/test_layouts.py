@@ -9,8 +9,8 @@ import torch
 from helpers_layouts import Job, execute, on_ranks
 from helpers_runs import TARGET, make_model, settings, write_yaml
 
-from llmshearing.checkpoint import read_checkpoint
-from llmshearing.convert import prune_and_save_model
+from llmshearing.checkpoints import prune_and_save_model
+from llmshearing.checkpoints.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

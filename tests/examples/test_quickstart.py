@@ -14,7 +14,7 @@ from examples.quickstart.run import CONFIGS, SOURCE, last_checkpoint, table
 from examples.quickstart.train_source import SEQUENCE, is_held_out, pack
 from llmshearing.config import load_config
 from llmshearing.errors import ShearingError
-from llmshearing.loss import token_losses
+from llmshearing.training.loss import token_losses
 
 
 def texts(directory: Path) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from examples.smollm2 import source
 from examples.smollm2.gguf_model import LAYER_NAMES, open_gguf, read_config, read_tokenizer, read_weights, unpermute
-from llmshearing.convert.hf import load_hf_model
+from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.errors import ShearingError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,11 +9,11 @@ import torch
 from helpers_prune import calibration_of, config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmshearing.convert.hf import hf_to_checkpoint
+from llmshearing.checkpoints.hf_read import hf_to_checkpoint
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, UNIFORM, table_for
+from llmshearing.families.nonuniform.config import BASES, TYPE
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.nonuniform.config import BASES, TYPE
 from llmshearing.prune.pad import main as pad
 
 SIZES = {

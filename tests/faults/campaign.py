@@ -49,7 +49,7 @@ def kill_and_resume(job: Job, generator: random.Random, places: list[str], stage
 
 def fold(reference: Job, target: Path) -> None:
     """What the second stage trains."""
-    from llmshearing.convert import prune_and_save_model
+    from llmshearing.checkpoints import prune_and_save_model
 
     prune_and_save_model(reference.saved / "latest-rank0.pt", target)
 

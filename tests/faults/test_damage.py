@@ -14,13 +14,13 @@ from helpers_faults import differences, load_plain
 from helpers_runs import configured, make_model
 from helpers_storage import save_sharded
 
-from llmshearing.callbacks.saver import WRITING
-from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, save_checkpoint
 from llmshearing.errors import ShearingError
-from llmshearing.resume import check_same_run, checkpoints, name_pattern, prepare, verify
-from llmshearing.source import build_masks, read_source
 from llmshearing.storage import open_archive
 from llmshearing.train import train
+from llmshearing.training.resilience.resume import check_same_run, checkpoints, name_pattern, prepare, verify
+from llmshearing.training.resilience.saver import WRITING
+from llmshearing.training.source import build_masks, read_source
 
 LATEST = "latest-rank0.pt"
 

@@ -9,9 +9,9 @@ from composer import Callback
 from helpers_faults import Job, differences, load_plain
 from helpers_runs import NAMES, configured, make_model, settings, trainer_of, write_yaml
 
-from llmshearing.checkpoint import read_checkpoint
-from llmshearing.convert import prune_and_save_model
-from llmshearing.data.loader import build_train_dataloader
+from llmshearing.checkpoints import prune_and_save_model
+from llmshearing.checkpoints.checkpoint import read_checkpoint
+from llmshearing.data.mixture.loader import build_train_dataloader
 from llmshearing.errors import ShearingError
 from llmshearing.train import main, train
 
@@ -156,7 +156,7 @@ def test_other_domains_are_not_compared(lab, folded, tmp_path):
     checkpoint = read_checkpoint(folded)
     from dataclasses import replace
 
-    from llmshearing.checkpoint import save_checkpoint
+    from llmshearing.checkpoints.checkpoint import save_checkpoint
 
     info = replace(checkpoint.info, evaluation={"batch": 8, "loss": 0.1, "domains": {"books": 0.1, "asyncio": 9.0}})
     other = save_checkpoint(tmp_path / "other.pt", checkpoint.weights, info)

@@ -33,7 +33,7 @@ def jobs(tmp_path_factory):
         return references[stage, ranks].result()
 
     def folded():
-        from llmshearing.convert import prune_and_save_model
+        from llmshearing.checkpoints import prune_and_save_model
 
         reference("pruning", 1)
         prune_and_save_model(references["pruning", 1].saved / "latest-rank0.pt", root / "folded.pt")

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmshearing.axes import Selection, Units, fold, fold_lazily, folded_shape
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.fold.fold import fold, fold_lazily, folded_shape
+from llmshearing.fold.selection import Selection, Units
 from llmshearing.masks.l0 import selection_from_gates
 
 

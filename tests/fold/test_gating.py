@@ -14,10 +14,11 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from llmshearing.axes import Selection, Units, fold
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.gating import attach
+from llmshearing.fold.fold import fold
+from llmshearing.fold.gating import attach
+from llmshearing.fold.selection import Selection, Units
 from llmshearing.masks.l0 import selection_from_gates
 
 TOLERANCE = 1e-10

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmshearing.norm import rms_norm
+from llmshearing.fold.norm import rms_norm
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (4, 1), (3, 7)])

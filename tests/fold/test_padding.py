@@ -5,12 +5,13 @@ from helpers_prune import calibration_of, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmshearing.axes import Selection, Units, fold
-from llmshearing.convert.hf import build_model
-from llmshearing.families import folded_config, table_for
-from llmshearing.gating import attach
-from llmshearing.nonuniform.config import NonUniformConfig, config_of
-from llmshearing.pruners.padding import padded
+from llmshearing.checkpoints.hf_read import build_model
+from llmshearing.families import table_for
+from llmshearing.families.nonuniform.config import NonUniformConfig, config_of
+from llmshearing.fold.fold import fold, folded_config
+from llmshearing.fold.gating import attach
+from llmshearing.fold.padding import padded
+from llmshearing.fold.selection import Selection, Units
 
 IDS = calibration_of(2).select
 

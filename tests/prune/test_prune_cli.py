@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llmshearing.axes import fold
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.gating import attach
+from llmshearing.fold.fold import fold
+from llmshearing.fold.gating import attach
+from llmshearing.fold.selection import load_selection
 from llmshearing.prune import SequenceOptions, prune
 from llmshearing.prune.__main__ import EXAMPLES, build_parser, main, read_target
+from llmshearing.prune.methods import METHODS
 from llmshearing.prune.sequences import read_calibration
-from llmshearing.pruners import METHODS
-from llmshearing.selection_io import load_selection
 
 WORDS = [f"w{i}" for i in range(20)]
 WIDTH = {"num_attention_heads": 2, "intermediate_size": 6}
@@ -220,7 +220,7 @@ def test_the_part_that_selects_shares_no_document_with_the_part_that_reports(sou
 
 
 def test_mds_data_gives_its_own_splits(source, text, tmp_path):
-    from llmshearing.data.prepare import prepare
+    from llmshearing.data.prepare.run import prepare
 
     (tmp_path / "in" / "d").mkdir(parents=True)
     (tmp_path / "in" / "d" / "a.jsonl").write_bytes(text.read_bytes())

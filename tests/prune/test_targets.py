@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.pruners import METHODS
-from llmshearing.pruners.targets import resolve_target
+from llmshearing.prune.methods import METHODS
+from llmshearing.prune.targets import resolve_target
 
 RANDOM, DEPTH = METHODS["random"], METHODS["depth"]
 MHA, GQA = table_for(tiny_config()), table_for(tiny_config(num_key_value_heads=2))

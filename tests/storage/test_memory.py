@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from llmshearing.checkpoint import CheckpointInfo, save_checkpoint
-from llmshearing.convert import write_hf_directory
+from llmshearing.checkpoints import write_hf_directory
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, save_checkpoint
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import LazyTensor, LazyTensors
 
 CONVERT = """
 import sys
-from llmshearing.convert import checkpoint_to_hf, hf_to_checkpoint, prune_and_save_model
+from llmshearing.checkpoints import checkpoint_to_hf, hf_to_checkpoint, prune_and_save_model
 folder = sys.argv[1]
 prune_and_save_model(folder + "/pruning.pt", folder + "/folded.pt")
 checkpoint_to_hf(folder + "/folded.pt", folder + "/exported")

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmshearing.config import load_config
 from llmshearing.config.load import ConfigError
-from llmshearing.distributed import clip_norm, clip_value, fsdp2, total_norm
+from llmshearing.training.distributed import clip_norm, clip_value, fsdp2, total_norm
 
 
 @pytest.fixture

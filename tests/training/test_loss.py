@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshearing import loss
-from llmshearing.loss import token_losses
+from llmshearing.training import loss
+from llmshearing.training.loss import token_losses
 
 
 @given(st.integers(1, 4), st.integers(2, 9), st.integers(2, 40), st.integers(1, 200), st.integers(0, 2**20))
@@ -68,7 +68,7 @@ def test_bfloat16_logits_lose_no_more_than_their_own_rounding():
 
 MEASURE = """
 import sys, torch
-from llmshearing.loss import token_losses
+from llmshearing.training.loss import token_losses
 torch.set_num_threads(1)
 logits = torch.zeros(1, 1024, 32_000).normal_().requires_grad_()
 ids = torch.randint(0, 32_000, (1, 1024))

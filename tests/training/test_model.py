@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from llmshearing.axes import fold
 from llmshearing.families import table_for
+from llmshearing.fold.fold import fold
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.model import CAUSAL_SDPA, DomainLoss, ShearingModel, token_losses
+from llmshearing.training.model import CAUSAL_SDPA, DomainLoss, ShearingModel, token_losses
 
 TARGET = {"hidden": 20, "head": 1, "intermediate": 28, "layer": 2}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from composer.optim import DecoupledAdamW
 
-from llmshearing.optimizer import FusedDecoupledAdamW
+from llmshearing.training.optimizer import FusedDecoupledAdamW
 
 
 def groups(dtype):

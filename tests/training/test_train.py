@@ -11,13 +11,13 @@ from composer import Callback
 from composer.core import Time
 from helpers_runs import NAMES, ROOT, SEQ, TARGET, configured, make_model, settings, trainer_of, write_yaml
 
-from llmshearing.checkpoint import read_checkpoint
+from llmshearing.checkpoints import hf_to_checkpoint
+from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import load_config
-from llmshearing.convert import hf_to_checkpoint
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.model import ShearingModel
 from llmshearing.train import build_optimizer, build_scheduler, cpu_autocast, main, optimizer_groups, train
+from llmshearing.training.model import ShearingModel
 
 MASKED = {"hidden": 20, "head": 1, "intermediate": 28, "layer": 2}
 

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash
 
-from llmshearing.data.index import INDEX, broken_json
-from llmshearing.data.remote import Remote
+from llmshearing.data.mds.index import INDEX, broken_json
+from llmshearing.data.mds.remote import Remote
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

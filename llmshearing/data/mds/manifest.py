@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmshearing.data.codec import FILES, Codec
-from llmshearing.data.packing import COUNTS
+from llmshearing.data.prepare.packing import COUNTS
+from llmshearing.data.text.codec import FILES, Codec
 from llmshearing.errors import ShearingError
 
 MANIFEST = "manifest.json"

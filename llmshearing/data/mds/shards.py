@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llmshearing.data.index import read_index
-from llmshearing.data.remote import Remote
-from llmshearing.data.shardfiles import ShardFiles
+from llmshearing.data.mds.files import ShardFiles
+from llmshearing.data.mds.index import read_index
+from llmshearing.data.mds.remote import Remote
 from llmshearing.errors import ShearingError
 
 OPEN_FILES = 64  # a directory; a pass reads from 17 shards at a time

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmshearing.data.mixture import Draw, Mixture
-from llmshearing.data.reading import ReadAhead, Reads, Row, Sample
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.mixture import Draw, Mixture
+from llmshearing.data.mixture.reading import ReadAhead, Reads, Row, Sample
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from composer.core import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from llmshearing.data.dataset import EvalDataset, MixtureDataset
-from llmshearing.data.index import INDEX, broken_json
-from llmshearing.data.manifest import MANIFEST, check_model
-from llmshearing.data.mixture import Mixture
-from llmshearing.data.reading import join
-from llmshearing.data.remote import Remote
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.index import INDEX, broken_json
+from llmshearing.data.mds.manifest import MANIFEST, check_model
+from llmshearing.data.mds.remote import Remote
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.dataset import EvalDataset, MixtureDataset
+from llmshearing.data.mixture.mixture import Mixture
+from llmshearing.data.mixture.reading import join
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmshearing.data.order import BLOCK_LIMIT, DomainOrder, mix
+from llmshearing.data.mixture.order import BLOCK_LIMIT, DomainOrder, mix
 from llmshearing.errors import ShearingError
 
 Draw = tuple[int, int]  # (domain index, number of the draw from this domain since the start)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llmshearing.data.mixture import Draw, Mixture
-from llmshearing.data.shards import MdsDirectory
+from llmshearing.data.mds.shards import MdsDirectory
+from llmshearing.data.mixture.mixture import Draw, Mixture
 from llmshearing.errors import ShearingError
 
 Sample = dict[str, Any]

@@ -19,9 +19,9 @@ from types import TracebackType
 
 import numpy as np
 
-from llmshearing.data.packing import Documents, split_of
-from llmshearing.data.sources import MAX_PROBLEMS, Chunk
-from llmshearing.data.tokenizer import TextTokenizer
+from llmshearing.data.prepare.packing import Documents, split_of
+from llmshearing.data.text.sources import MAX_PROBLEMS, Chunk
+from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
 
 AHEAD = 3  # chunks in flight for each process: bounds memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from llmshearing.data.sources import SUFFIXES
+from llmshearing.data.text.sources import SUFFIXES
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

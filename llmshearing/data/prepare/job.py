@@ -14,15 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmshearing.data.encoding import Encoders, Recipe, Wanted
-from llmshearing.data.manifest import SAMPLE
-from llmshearing.data.options import Options
-from llmshearing.data.packing import EVAL, EVAL_MERGE, Packer
-from llmshearing.data.progress import Progress
-from llmshearing.data.remote import Upload
-from llmshearing.data.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
-from llmshearing.data.tokenizer import TextTokenizer
-from llmshearing.data.writing import Layout, PartWriter, merge
+from llmshearing.data.mds.manifest import SAMPLE
+from llmshearing.data.mds.remote import Upload
+from llmshearing.data.prepare.encoding import Encoders, Recipe, Wanted
+from llmshearing.data.prepare.options import Options
+from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, Packer
+from llmshearing.data.prepare.progress import Progress
+from llmshearing.data.prepare.writing import Layout, PartWriter, merge
+from llmshearing.data.text.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
+from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from llmshearing.data.packing import EVAL, FOR_FT, FOR_PRUNE
+from llmshearing.data.prepare.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,12 +25,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmshearing.data.encoding import WorkerDied
-from llmshearing.data.inputs import describe_file, find_sources
-from llmshearing.data.manifest import FORMAT, MANIFEST, read_manifest, table
-from llmshearing.data.options import Options, parser, resolve_dtype
-from llmshearing.data.packing import EVAL, EVAL_MERGE
-from llmshearing.data.tokenizer import load_tokenizer
+from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
+from llmshearing.data.prepare.encoding import WorkerDied
+from llmshearing.data.prepare.inputs import describe_file, find_sources
+from llmshearing.data.prepare.options import Options, parser, resolve_dtype
+from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE
+from llmshearing.data.text.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,8 @@ def prepare(
     if existing := _existing(output, request):
         log.info("nothing to do: %s already holds this data", output)
         return existing
-    from llmshearing.data.job import PROGRESS, Job
-    from llmshearing.data.remote import Upload, UploadFailed
+    from llmshearing.data.mds.remote import Upload, UploadFailed
+    from llmshearing.data.prepare.job import PROGRESS, Job
 
     partial = _partial(output, request)
     job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local)
@@ -185,6 +185,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llmshearing.data.codec import Codec
-from llmshearing.data.sources import SUFFIXES, read_documents
+from llmshearing.data.text.codec import Codec
+from llmshearing.data.text.sources import SUFFIXES, read_documents
 from llmshearing.errors import ShearingError
 
 BATCH = 1 << 20  # characters that a process gets at once

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmshearing.data.codec import as_plain_text, load_file
+from llmshearing.data.text.codec import as_plain_text, load_file
 from llmshearing.errors import ShearingError
 
 # BOS, EOS of widely used models, tried in this order where a bare tokenizer.json does not say which they are

@@ -40,7 +40,9 @@ class NonUniformConfig(PretrainedConfig):
     layer_sizes: dict[str, list[int]]
 
     def __init__(self, layer_sizes: Mapping[str, Sequence[int]] | None = None, **family: Any) -> None:
-        from llmshearing.nonuniform.model import register  # brings the modelling code, which a config alone needs not
+        from llmshearing.families.nonuniform.model import (
+            register,  # brings the modelling code, which a config alone needs not
+        )
 
         register(type(self))
         super().__init__(**family)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmshearing.nonuniform.config import CLASS, NonUniformConfig
+from llmshearing.families.nonuniform.config import CLASS, NonUniformConfig
 
 
 class NonUniformForCausalLM(PreTrainedModel):

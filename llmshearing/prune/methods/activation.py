@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.axes import Selection, Table
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.base import WIDTH, Choice, Method
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.depth import block_influence, drop_least, narrowed
-from llmshearing.pruners.random import keep_highest, layer_gates
-from llmshearing.pruners.targets import rows_to_cut
+from llmshearing.families.table import Table
+from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.methods.depth import block_influence, drop_least, narrowed
+from llmshearing.prune.targets import rows_to_cut
 
 
 def choose(

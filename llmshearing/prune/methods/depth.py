@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.axes import Selection, Table
 from llmshearing.errors import ShearingError
-from llmshearing.gating import attach, detach
-from llmshearing.pruners.base import Choice, Method
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import Decoder, find_decoder, first
-from llmshearing.pruners.random import layer_gates
+from llmshearing.families.table import Table
+from llmshearing.fold.gating import attach, detach
+from llmshearing.fold.selection import Selection, layer_gates
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.method import Choice, Method
+from llmshearing.prune.methods.decoder import Decoder, find_decoder, first
 
 WAYS = ("window", "greedy", "influence")
 

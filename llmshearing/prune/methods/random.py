@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmshearing.axes import BLOCKS, Kind, Selection, Table, Units
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.base import WIDTH, Choice, Method
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.targets import rows_to_cut
+from llmshearing.families.table import BLOCKS, Kind, Table
+from llmshearing.fold.selection import Selection, Units
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.targets import rows_to_cut
 
 
 def choose(

@@ -7,14 +7,15 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from llmshearing.callbacks.losses import evaluation_record
+from llmshearing.training.callbacks.losses import evaluation_record
 
 
 class CheckpointInfo(Callback):
     """Rides in the checkpoint as the state of a callback: plain data that loads with ``weights_only=True``.
 
     Args:
-        info: the fields of :class:`llmshearing.checkpoint.CheckpointInfo`; ``evaluation`` is kept up to date.
+        info: the fields of :class:`llmshearing.checkpoints.checkpoint.CheckpointInfo`; ``evaluation`` is kept up
+            to date.
         set_names: domains of the evaluations. comparable: evaluations are of the model that the checkpoint holds or
             folds to (not of one as large as the masks are just then).
     """

@@ -8,9 +8,9 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from llmshearing.callbacks.losses import evaluated_losses
-from llmshearing.data.dataset import MixtureDataset
-from llmshearing.data.mixture import update_proportion
+from llmshearing.data.mixture.dataset import MixtureDataset
+from llmshearing.data.mixture.mixture import update_proportion
+from llmshearing.training.callbacks.losses import evaluated_losses
 
 
 class DynamicLoadingCallback(Callback):

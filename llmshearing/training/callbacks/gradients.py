@@ -6,8 +6,8 @@ from composer.algorithms.gradient_clipping.gradient_clipping import apply_gradie
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from llmshearing.distributed import average_gradients, clip_norm, clip_value, divide_sums
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.distributed import average_gradients, clip_norm, clip_value, divide_sums
 
 
 class Gradients(Algorithm):

@@ -13,8 +13,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmshearing import durable
-from llmshearing.model import DomainLoss
+from llmshearing import files as durable
+from llmshearing.training.model import DomainLoss
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from composer.utils import dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llmshearing import durable
+from llmshearing import files as durable
 from llmshearing.masks.l0 import L0Masks
 
 log = logging.getLogger(__name__)

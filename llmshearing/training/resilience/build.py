@@ -9,15 +9,15 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
-from llmshearing.callbacks.first_batch import FirstBatch
-from llmshearing.callbacks.guard import Guard
-from llmshearing.callbacks.samples import SampleRecord
-from llmshearing.callbacks.saver import Saver
-from llmshearing.callbacks.stop import StopOnSignal
 from llmshearing.config import Config
-from llmshearing.data.dataset import MixtureDataset
-from llmshearing.signals import StopRequest
-from llmshearing.watch import Progress, Watch
+from llmshearing.data.mixture.dataset import MixtureDataset
+from llmshearing.training.resilience.first_batch import FirstBatch
+from llmshearing.training.resilience.guard import Guard
+from llmshearing.training.resilience.samples import SampleRecord
+from llmshearing.training.resilience.saver import Saver
+from llmshearing.training.resilience.signals import StopRequest
+from llmshearing.training.resilience.stop import StopOnSignal
+from llmshearing.training.resilience.watch import Progress, Watch
 
 
 def build_safety(

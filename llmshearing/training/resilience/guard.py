@@ -11,9 +11,9 @@ from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llmshearing.callbacks.saver import Saver
-from llmshearing.data.dataset import MixtureDataset
+from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.errors import ShearingError
+from llmshearing.training.resilience.saver import Saver
 
 
 class Guard(Callback):

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from composer.utils import dist
 
-from llmshearing import durable
-from llmshearing.callbacks.saver import WRITING
-from llmshearing.checkpoint import read_checkpoint
+from llmshearing import files as durable
+from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.source import Source
 from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
+from llmshearing.training.resilience.saver import WRITING
+from llmshearing.training.source import Source
 
 log = logging.getLogger(__name__)
 

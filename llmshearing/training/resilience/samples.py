@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmshearing import durable
+from llmshearing import files as durable
 
 
 class SampleRecord(Callback):

@@ -22,7 +22,7 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llmshearing import durable
+from llmshearing import files as durable
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)

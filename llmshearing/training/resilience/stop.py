@@ -11,9 +11,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from llmshearing.callbacks.saver import Saver
 from llmshearing.errors import Stopped
-from llmshearing.signals import StopRequest
+from llmshearing.training.resilience.saver import Saver
+from llmshearing.training.resilience.signals import StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from helpers_prune import calibration_of, model_of
 
-from llmshearing.axes import fold
-from llmshearing.convert.hf import build_model
-from llmshearing.families import folded_config, table_for
-from llmshearing.pruners.activation import choose, importance
+from llmshearing.checkpoints.hf_read import build_model
+from llmshearing.families import table_for
+from llmshearing.fold.fold import fold, folded_config
+from llmshearing.prune.methods.activation import choose, importance
 
 CALIBRATION = calibration_of()
 

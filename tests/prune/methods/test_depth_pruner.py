@@ -8,9 +8,9 @@ from helpers_prune import calibration_of, model_of
 from torch import nn
 
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import find_decoder, layer_by_layer
-from llmshearing.pruners.depth import block_influence, choose, greedy, window_losses
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
+from llmshearing.prune.methods.depth import block_influence, choose, greedy, window_losses
 
 CALIBRATION = calibration_of(number=5, batch_size=2)
 PATHS = {

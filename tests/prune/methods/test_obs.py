@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from llmshearing.axes import fold, folded_shape
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.gating import attach
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import layer_by_layer
-from llmshearing.pruners.obs import choose, projections
-from llmshearing.pruners.obs_layers import _room
-from llmshearing.pruners.obs_plan import layer_counts, layer_ratios
+from llmshearing.fold.fold import fold, folded_shape
+from llmshearing.fold.gating import attach
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.methods.decoder import layer_by_layer
+from llmshearing.prune.methods.obs.layers import _room
+from llmshearing.prune.methods.obs.method import choose, projections
+from llmshearing.prune.methods.obs.plan import layer_counts, layer_ratios
 
 
 def sequences(count=5, length=16, vocab=23, batch_size=2):

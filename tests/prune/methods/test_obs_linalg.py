@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.linalg import damped_inverse, remove_units, shrinking_groups, unit_scores
+from llmshearing.prune.methods.obs.linalg import damped_inverse, remove_units, shrinking_groups, unit_scores
 
 
 def problem(outputs, columns, tokens, seed):

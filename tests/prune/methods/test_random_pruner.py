@@ -6,10 +6,10 @@ from helpers_oracle import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshearing.axes import fold, folded_shape
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.pruners.random import random_selection
+from llmshearing.fold.fold import fold, folded_shape, part_of
+from llmshearing.prune.methods.random import random_selection
 
 
 @st.composite
@@ -41,7 +41,7 @@ def test_counts_are_exact_and_every_slice_of_every_axis_keeps_as_many(problem, s
     assert folded_shape(table, selection) == target
     for layer in selection.kept_layers(table.layers):
         for axis in ("hidden", "intermediate", "query"):
-            index = table.part(axis, layer, selection).index
+            index = part_of(table, axis, layer, selection).index
             if index is not None:
                 slices = torch.bincount(index * tp // table.axes[axis].length, minlength=tp)
                 assert slices.unique().numel() == 1, (axis, slices)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from llmshearing.axes import fold
-from llmshearing.data import frequencies
-from llmshearing.data.codec import Codec
-from llmshearing.data.frequencies import Frequencies, compare, count_tokens, documents
+from llmshearing.data.text import frequencies
+from llmshearing.data.text.codec import Codec
+from llmshearing.data.text.frequencies import Frequencies, compare, count_tokens, documents
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.pruners.vocabulary import choose, keep, read_tokenizers
-from llmshearing.pruners.vocabulary_write import write_tokenizer
+from llmshearing.fold.fold import fold
+from llmshearing.prune.methods.vocabulary.method import choose, keep, read_tokenizers
+from llmshearing.prune.methods.vocabulary.write import write_tokenizer
 
 LAB = Path(os.environ.get("LAB", Path(__file__).resolve().parents[3] / "shared" / "lab"))
 

@@ -6,9 +6,9 @@ from helpers_prune import VARIANTS, model_of
 from helpers_tokenizers import corpus, train_byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmshearing.fold.selection import load_selection
 from llmshearing.prune import SequenceOptions, prune
 from llmshearing.prune.__main__ import main
-from llmshearing.selection_io import load_selection
 
 SIZE = 430
 

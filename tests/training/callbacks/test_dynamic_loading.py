@@ -8,8 +8,8 @@ import pytest
 from composer import Callback
 from helpers_runs import NAMES, configured, trainer_of
 
-from llmshearing.callbacks.dynamic_loading import DynamicLoadingCallback
-from llmshearing.data.mixture import Mixture
+from llmshearing.data.mixture.mixture import Mixture
+from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
 
 START = np.array([0.25, 0.25, 0.5])
 TARGETS = np.array([5.5, 6.0, 5.8])

@@ -11,10 +11,10 @@ from helpers_runs import NAMES, SEQ, TARGET_HF, VOCAB, configured, trainer_of
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmshearing.checkpoint import load_masks, read_checkpoint
+from llmshearing.checkpoints import prune_and_save_model
+from llmshearing.checkpoints.checkpoint import load_masks, read_checkpoint
 from llmshearing.config import to_yaml
-from llmshearing.convert import prune_and_save_model
-from llmshearing.data.loader import build_eval_dataloader
+from llmshearing.data.mixture.loader import build_eval_dataloader
 from llmshearing.masks import hard_concrete
 from llmshearing.train import train
 

@@ -10,11 +10,11 @@ from composer.optim import CosineAnnealingWithWarmupScheduler
 from helpers_runs import VOCAB, make_model
 from torch.utils.data import DataLoader
 
-from llmshearing.callbacks.shearing import Shearing, warmup_progress
 from llmshearing.families import table_for
 from llmshearing.masks import hard_concrete
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.model import ShearingModel
+from llmshearing.training.callbacks.shearing import Shearing, warmup_progress
+from llmshearing.training.model import ShearingModel
 
 TARGET = {"hidden": 20, "head": 1, "intermediate": 28, "layer": 2}
 LENGTH, BATCH, SEQ, BATCHES = 4, 2, 16, 7  # batches an epoch, samples a batch, tokens a sample, batches in all

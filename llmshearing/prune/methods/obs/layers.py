@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmshearing.axes import Table
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.decoder import first, patched
+from llmshearing.families.table import Table
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.methods.decoder import first, patched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Columns of a Hessian that are computed at once, with all columns from there on; the rest is their mirror image.

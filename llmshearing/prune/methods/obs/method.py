@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.axes import BLOCKS, Kind, Selection, Table, TensorSpec, Units
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.base import WIDTH, Choice, Method
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.linalg import damped_inverse, remove_units
-from llmshearing.pruners.obs_layers import hidden_states
-from llmshearing.pruners.obs_plan import STRATEGIES, UNIFORM, check_options, layer_counts
-from llmshearing.pruners.targets import Size, rows_to_cut
+from llmshearing.families.table import BLOCKS, Kind, Table, TensorSpec
+from llmshearing.fold.selection import Selection, Units
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.methods.obs.layers import hidden_states
+from llmshearing.prune.methods.obs.linalg import damped_inverse, remove_units
+from llmshearing.prune.methods.obs.plan import STRATEGIES, UNIFORM, check_options, layer_counts
+from llmshearing.prune.targets import Size, rows_to_cut
 
 # Sizes of the first and of the last groups of intermediate units.
 LARGEST, SMALLEST = 1024, 8

@@ -21,15 +21,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmshearing.axes import Selection, Table, Units
-from llmshearing.data.codec import Codec
-from llmshearing.data.frequencies import Agreement, Frequencies, compare, count_tokens, documents
+from llmshearing.data.text.codec import Codec
+from llmshearing.data.text.frequencies import Agreement, Frequencies, compare, count_tokens, documents
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.base import Choice, Method
-from llmshearing.pruners.calibration import Calibration
-from llmshearing.pruners.vocabulary_files import READERS, Tokens
-from llmshearing.pruners.vocabulary_ids import ids_of, renumbered
-from llmshearing.pruners.vocabulary_write import added_ids, write_tokenizer
+from llmshearing.families.table import Table
+from llmshearing.fold.selection import Selection, Units
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.method import Choice, Method
+from llmshearing.prune.methods.vocabulary.files import READERS, Tokens
+from llmshearing.prune.methods.vocabulary.ids import ids_of, renumbered
+from llmshearing.prune.methods.vocabulary.write import added_ids, write_tokenizer
 
 log = logging.getLogger(__name__)
 

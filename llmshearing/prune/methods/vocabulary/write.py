@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmshearing.data.codec import load_file
+from llmshearing.data.text.codec import load_file
 from llmshearing.errors import ShearingError
-from llmshearing.pruners.vocabulary_files import READERS
+from llmshearing.prune.methods.vocabulary.files import READERS
 
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 # Files that name tokens by their text, not by id.

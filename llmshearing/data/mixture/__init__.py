@@ -1,0 +1,1 @@
+"""The domain mixture: proportions, the order of samples, the data set and the loaders that the trainer reads."""

@@ -1,0 +1,1 @@
+"""Text in: documents of JSONL and Parquet files, compression, tokenizers, token frequencies."""

@@ -1,0 +1,1 @@
+"""One run of training: source, model, optimizer and callbacks around the Composer trainer."""
