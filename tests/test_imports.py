@@ -1,4 +1,4 @@
-"""Imports point one way: train -> training, prune -> checkpoints -> masks -> fold, data -> families; config is a leaf."""
+"""Imports point one way: train -> training, prune -> checkpoints -> masks -> fold, data -> families; config: leaf."""
 
 import ast
 import subprocess

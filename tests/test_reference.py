@@ -17,10 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llmshearing.families import table_for
+from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
 from llmshearing.fold.fold import fold, folded_shape
 from llmshearing.fold.gating import attach
 from llmshearing.masks import hard_concrete, lagrangian
-from llmshearing.masks.l0 import BLOCK_KINDS, TOTAL, L0Masks, selection_from_gates
+from llmshearing.masks.l0 import TOTAL, L0Masks, selection_from_gates
 
 TOLERANCE = 1e-9
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "reference-vectors"

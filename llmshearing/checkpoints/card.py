@@ -9,7 +9,7 @@ import yaml
 
 from llmshearing.checkpoints.checkpoint import CheckpointInfo
 from llmshearing.families import table_for
-from llmshearing.families.nonuniform.config import SIZES
+from llmshearing.families.nonuniform.table import SIZES
 
 HEADER = """---
 library_name: transformers

@@ -18,62 +18,14 @@ from tqdm import tqdm
 from llmshearing.checkpoints.arguments import check_facts
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
 from llmshearing.checkpoints.output import check_file
-from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
-from llmshearing.fold.fold import check_foldable, fold_lazily, folded_config, folded_shape
+from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape
 from llmshearing.fold.selection import Selection, save_selection
-from llmshearing.masks import hard_concrete
-from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
+from llmshearing.masks.l0 import final_selection
 from llmshearing.storage import LazyTensor, LazyTensors
 
 log = logging.getLogger(__name__)
-
-
-def final_gates(masks: L0Masks, uniform: bool = False) -> dict[str, Tensor]:
-    """Gates to fold with: of exactly the target shape, or, where there is none, sized by the masks.
-
-    uniform: with sizes by the masks, give every kept layer the rounded mean of the kept layers' sizes.
-    """
-    if masks.target is not None:
-        return masks.deterministic(to_target=True)
-    gates = masks.deterministic(to_target=False)
-    kept = masks.selection(gates).kept_layers(masks.table.layers)
-    for kind in gates if uniform and kept else ():
-        if kind not in BLOCK_KINDS and masks.table.kinds[kind].rows is not None:
-            sizes = masks.rows(kind, gates[kind])[kept].ne(0).sum(-1)  # [kept layers, rows]
-            size = max(1, round(sizes.double().mean().item()))
-            log_alpha = masks.log_alpha[kind].detach()
-            gates[kind] = hard_concrete.deterministic(masks.rows(kind, log_alpha), size).reshape(log_alpha.shape)
-    return gates
-
-
-def final_selection(masks: L0Masks, *, uniform: bool = False, zero_closed_blocks: bool = False) -> Selection:
-    """The selection that a pruning run ends in, checked to fold to one uniform shape: the target, where there is one.
-
-    Raises:
-        ShearingError: naming the layers or sizes that stand against it.
-    """
-    selection = masks.selection(final_gates(masks, uniform))
-    if not zero_closed_blocks:
-        check_foldable(masks.table, selection)
-    try:
-        shape = folded_shape(masks.table, selection)
-    except ShearingError as error:
-        raise ShearingError(f"{error}. --uniform gives every layer the mean size") from error
-    _check_shape(masks, shape, zero_closed_blocks)
-    return selection
-
-
-def _check_shape(masks: L0Masks, shape: Mapping[str, int], zero_closed_blocks: bool) -> None:
-    problems = [f"{key} would be 0" for key, size in shape.items() if size == 0]
-    units = masks.table.units(shape)
-    for kind, target in (masks.target or {}).items():
-        size = shape[masks.table.layers_key] if kind in BLOCK_KINDS else units[kind]
-        if size != target and not (kind in BLOCK_KINDS and zero_closed_blocks):
-            problems.append(f"mask {kind!r} keeps {size}, its target is {target}")
-    if problems:
-        raise ShearingError("the masks do not fold to a model: " + "; ".join(problems))
 
 
 def fold_checkpoint(

@@ -1,43 +1,43 @@
-"""Tables by `model_type` of the model's config. A new family is a file beside this one and a line in UNIFORM."""
+"""Families of models by the `model_type` of their configs. A new family is a file beside this one and a line below."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.llama import llama_table
-from llmshearing.families.mistral import mistral_table
-from llmshearing.families.nonuniform.config import TYPE
-from llmshearing.families.nonuniform.table import nonuniform_table
-from llmshearing.families.qwen2 import qwen2_table
-from llmshearing.families.qwen3 import qwen3_table
+from llmshearing.families import llama, mistral, qwen2, qwen3
+from llmshearing.families.family import Family
+from llmshearing.families.nonuniform.table import TYPE, nonuniform_family
 from llmshearing.families.table import Table
 
-UNIFORM: dict[str, Callable[..., Table]] = {
-    "llama": llama_table,
-    "mistral": mistral_table,
-    "qwen2": qwen2_table,
-    "qwen3": qwen3_table,
-}
-FAMILIES = UNIFORM | {TYPE + name: partial(nonuniform_table, table) for name, table in UNIFORM.items()}
+_MODULES = (llama, mistral, qwen2, qwen3)
+UNIFORM: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+FAMILIES = UNIFORM | {TYPE + name: nonuniform_family(family) for name, family in UNIFORM.items()}
+DEFAULT = llama.FAMILY
+"""The family of a model of which nothing but its sizes is known."""
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a model type.
+
+    Raises:
+        ShearingError: there is no table for it.
+    """
+    if model_type not in FAMILIES:
+        raise ShearingError(
+            f"model_type {model_type!r} has no table; there are tables for {', '.join(sorted(UNIFORM))}. A table names "
+            "every tensor, the axes of its dimensions, the gates multiplied in and its block: see docs/families.md"
+        )
+    return FAMILIES[model_type]
 
 
 def table_for(config: Any, head_mode: str = "group") -> Table:
     """The table of a model.
 
     Args:
-        config: a transformers config. head_mode: see :func:`llmshearing.families.llama.llama_table`.
+        config: a transformers config. head_mode: see :class:`llmshearing.families.family.Family`.
 
     Raises:
         ShearingError: the model type has no table.
     """
-    family = getattr(config, "model_type", None)
-    if family not in FAMILIES:
-        raise ShearingError(
-            f"model_type {family!r} has no table; there are tables for {', '.join(sorted(UNIFORM))}. A table names "
-            "every tensor, the axes of its dimensions, the gates multiplied in and its block: see "
-            "llmshearing/families/llama.py"
-        )
-    return FAMILIES[family](config, head_mode)
+    return family_of(getattr(config, "model_type", None)).table(config, head_mode)

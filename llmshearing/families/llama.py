@@ -1,107 +1,100 @@
-"""The LLaMA family's table (LlamaForCausalLM of transformers), nothing else.
+"""The LLaMA family's table (LlamaForCausalLM of transformers), and what families built like it share.
 
     embed_tokens -> [ norm -> q k v -> attention -> o ] -> [ norm -> gate, up -> down ] x layers -> norm -> lm_head
-
-Axes: hidden; intermediate; query (query heads x head_dim); kv (KV groups x head_dim); vocab.
-The hidden gate acts on what a module reads from or writes to the residual stream: embeddings, norm weights, the rows
-of o_proj and down_proj. The head gate acts on o_proj's columns, the intermediate gate on down_proj's columns. Between
-the final norm and the logits the hidden gate acts once: untied on the final norm, tied on the shared embedding.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from llmshearing.families.table import Axis, Kind, Table, TensorSpec
+from llmshearing.families.family import KEYS, Family, read
+from llmshearing.families.names import ATTENTION, MLP
+from llmshearing.families.parts import decoder_table, ends, query_groups
+from llmshearing.families.table import Module, Table, TensorSpec, bias, embedding, linear, norm
 
 LAYER = "model.layers.{layer}."
+ATTN = LAYER + "self_attn."
 
 
-def llama_table(config: Any, head_mode: str = "group") -> Table:
+def rms_norm(cls: str, offset: float = 0.0, eps: str = "variance_epsilon") -> Module:
+    """An RMSNorm of transformers; ``cls``: its module below `transformers.models`, and its name."""
+    return Module(f"transformers.models.{cls}", "rms_norm", eps, offset)
+
+
+NORM = rms_norm("llama.modeling_llama.LlamaRMSNorm")
+
+
+def llama_table(config: Any, head_mode: str = "group", module: Module = NORM) -> Table:
     """Table of a LLaMA.
 
     Args:
-        config: ``LlamaConfig`` or anything with its attributes.
-        head_mode: "group" cuts whole KV groups with their query heads (with multi-head attention: heads); "query" cuts
-            the same number of query heads inside every KV group.
+        config: ``LlamaConfig`` or anything with its attributes. head_mode: see :class:`~.family.Family`.
+        module: the class of the norms.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = config.num_key_value_heads
-    repeat = config.num_attention_heads // groups
-    whole = head_mode == "group"
-    head = Kind("head", groups, 1) if whole else Kind("head", repeat, groups)
-    kinds = (
-        Kind("hidden", config.hidden_size, None),
-        head,
-        Kind("intermediate", config.intermediate_size, 1),
-        Kind("vocab", config.vocab_size, None),
+    rows = (
+        outside(config, module)
+        + [norm(LAYER + "input_layernorm.weight", "hidden", module, gates=("hidden",), block=ATTENTION)]
+        + attention(config)
+        + [norm(LAYER + "post_attention_layernorm.weight", "hidden", module, gates=("hidden",), block=MLP)]
+        + gated_mlp(config)
     )
-    axes = {
-        "hidden": Axis(config.hidden_size, "hidden"),
-        "intermediate": Axis(config.intermediate_size, "intermediate"),
-        "query": Axis(groups * repeat * head_dim, "head", head_dim * (repeat if whole else 1)),
-        "kv": Axis(groups * head_dim, "head" if whole else None, head_dim),
-        "vocab": Axis(config.vocab_size, "vocab"),
-    }
-    return Table(
-        family="llama",
-        layers=config.num_hidden_layers,
-        kinds={kind.name: kind for kind in kinds},
-        axes=axes,
-        tensors=tuple(_outside(config.tie_word_embeddings) + _attention(config) + _mlp(config)),
-        config_axes={
-            "hidden_size": ("hidden", 1),
-            "intermediate_size": ("intermediate", 1),
-            "num_attention_heads": ("query", head_dim),
-            "num_key_value_heads": ("kv", head_dim),
-            "vocab_size": ("vocab", 1),
-        },
-    )
+    return decoder_table("llama", config, rows, head_mode, attributes=(query_groups(LAYER + "self_attn"),))
 
 
-def _outside(tied: bool) -> list[TensorSpec]:
-    embedding = TensorSpec("model.embed_tokens.weight", ("vocab", "hidden"), gates=("hidden",))
-    if tied:
-        head = TensorSpec("lm_head.weight", ("vocab", "hidden"), gates=("hidden",), alias=embedding.name)
-        return [embedding, TensorSpec("model.norm.weight", ("hidden",)), head]
-    return [
-        embedding,
-        TensorSpec("model.norm.weight", ("hidden",), gates=("hidden",)),
-        TensorSpec("lm_head.weight", ("vocab", "hidden")),
-    ]
+def outside(config: Any, module: Module) -> list[TensorSpec]:
+    """What is outside the layers."""
+    embed = embedding("model.embed_tokens.weight", "vocab")
+    final = [norm("model.norm.weight", "hidden", module)]
+    return ends(embed, final, "lm_head.weight", bool(read(config, "tie_word_embeddings", False)))
 
 
-def _attention(config: Any) -> list[TensorSpec]:
-    at, block, out = LAYER + "self_attn.", "attention", ("hidden", "query")
+def attention(config: Any, written: bool = True) -> list[TensorSpec]:
+    """Projections of the attention; ``written``: its output goes to the residual stream as it is (no norm behind)."""
+    out = {"gates": ("hidden", "query"), "scaled": True} if written else {"gates": ("query",)}
     rows = [
-        TensorSpec(LAYER + "input_layernorm.weight", ("hidden",), ("hidden",), block),
-        TensorSpec(at + "q_proj.weight", ("query", "hidden"), (), block, counted=True),
-        TensorSpec(at + "k_proj.weight", ("kv", "hidden"), (), block, counted=True),
-        TensorSpec(at + "v_proj.weight", ("kv", "hidden"), (), block, counted=True),
-        TensorSpec(at + "o_proj.weight", out, out, block, scaled=True, counted=True),
+        linear(ATTN + "q_proj.weight", "query", "hidden", block=ATTENTION),
+        linear(ATTN + "k_proj.weight", "kv", "hidden", block=ATTENTION),
+        linear(ATTN + "v_proj.weight", "kv", "hidden", block=ATTENTION),
+        linear(ATTN + "o_proj.weight", "hidden", "query", block=ATTENTION, **out),
     ]
-    if getattr(config, "attention_bias", False):
+    if read(config, "attention_bias", False):
+        rows += query_key_value_biases()
+        rows.append(bias(ATTN + "o_proj.bias", "hidden", block=ATTENTION, **_of_bias(written)))
+    return rows
+
+
+def query_key_value_biases() -> list[TensorSpec]:
+    """Biases of queries, keys and values."""
+    axes = (("q", "query"), ("k", "kv"), ("v", "kv"))
+    return [bias(f"{ATTN}{name}_proj.bias", axis, block=ATTENTION) for name, axis in axes]
+
+
+def gated_mlp(config: Any, written: bool = True) -> list[TensorSpec]:
+    """Projections of the MLP; ``written`` as of :func:`attention`."""
+    mlp = LAYER + "mlp."
+    out = {"gates": ("hidden", "intermediate"), "scaled": True} if written else {"gates": ("intermediate",)}
+    rows = [
+        linear(mlp + "gate_proj.weight", "intermediate", "hidden", block=MLP),
+        linear(mlp + "up_proj.weight", "intermediate", "hidden", block=MLP),
+        linear(mlp + "down_proj.weight", "hidden", "intermediate", block=MLP, **out),
+    ]
+    if read(config, "mlp_bias", False):
         rows += [
-            TensorSpec(at + "q_proj.bias", ("query",), (), block, counted=True),
-            TensorSpec(at + "k_proj.bias", ("kv",), (), block, counted=True),
-            TensorSpec(at + "v_proj.bias", ("kv",), (), block, counted=True),
-            TensorSpec(at + "o_proj.bias", ("hidden",), ("hidden",), block, scaled=True, counted=True),
+            bias(mlp + "gate_proj.bias", "intermediate", block=MLP),
+            bias(mlp + "up_proj.bias", "intermediate", block=MLP),
+            bias(mlp + "down_proj.bias", "hidden", block=MLP, **_of_bias(written)),
         ]
     return rows
 
 
-def _mlp(config: Any) -> list[TensorSpec]:
-    mlp, block, down = LAYER + "mlp.", "mlp", ("hidden", "intermediate")
-    rows = [
-        TensorSpec(LAYER + "post_attention_layernorm.weight", ("hidden",), ("hidden",), block),
-        TensorSpec(mlp + "gate_proj.weight", ("intermediate", "hidden"), (), block, counted=True),
-        TensorSpec(mlp + "up_proj.weight", ("intermediate", "hidden"), (), block, counted=True),
-        TensorSpec(mlp + "down_proj.weight", down, down, block, scaled=True, counted=True),
-    ]
-    if getattr(config, "mlp_bias", False):
-        rows += [
-            TensorSpec(mlp + "gate_proj.bias", ("intermediate",), (), block, counted=True),
-            TensorSpec(mlp + "up_proj.bias", ("intermediate",), (), block, counted=True),
-            TensorSpec(mlp + "down_proj.bias", ("hidden",), ("hidden",), block, scaled=True, counted=True),
-        ]
-    return rows
+def _of_bias(written: bool) -> dict[str, Any]:
+    return {"gates": ("hidden",), "scaled": True} if written else {}
+
+
+FAMILY = Family("llama", llama_table, KEYS)
+
+
+def like_llama(table: Table, family: str, *rows: TensorSpec) -> Table:
+    """A table of another family that has some rows more."""
+    return replace(table, family=family, tensors=table.tensors + rows)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from llmshearing.families.llama import LAYER, llama_table
-from llmshearing.families.table import Table, TensorSpec
+from llmshearing.families.family import KEYS, Family
+from llmshearing.families.llama import like_llama, llama_table, query_key_value_biases, rms_norm
+from llmshearing.families.table import Table
+
+NORM = rms_norm("qwen2.modeling_qwen2.Qwen2RMSNorm")
 
 
 def qwen2_table(config: Any, head_mode: str = "group") -> Table:
-    """Table of a Qwen2; arguments as of :func:`llmshearing.families.llama.llama_table`."""
-    base = llama_table(config, head_mode)
-    biases = tuple(
-        TensorSpec(f"{LAYER}self_attn.{name}_proj.bias", (axis,), (), "attention", counted=True)
-        for name, axis in (("q", "query"), ("k", "kv"), ("v", "kv"))
-    )
-    return replace(base, family="qwen2", tensors=base.tensors + biases)
+    """Table of a Qwen2."""
+    return like_llama(llama_table(config, head_mode, NORM), "qwen2", *query_key_value_biases())
+
+
+FAMILY = Family("qwen2", qwen2_table, KEYS)

@@ -1,42 +1,48 @@
-"""A model family as a table. Family-blind.
+"""The table language: what a family's tensors are, and how they depend on one another. Plain data, no torch.
 
-A :class:`Table` has a row (:class:`TensorSpec`) per tensor of a `transformers` model. A row names the axis that each
-dimension lies on, the axes whose gate is multiplied in, and the block (attention, MLP) the tensor belongs to:
+A :class:`Table` has a row (:class:`TensorSpec`) per tensor of a `transformers` model. A row says which axis each
+dimension lies on, which dimension is read and which is written, the axes whose gate is multiplied in, the branch that
+the tensor belongs to, and the class of the module that owns it:
 
     name                                      axes               gates             block
     model.embed_tokens.weight                 vocab  hidden      hidden            -
     model.layers.{layer}.self_attn.q_proj     query  hidden      -                 attention
     model.layers.{layer}.self_attn.o_proj     hidden query       hidden query      attention (scaled by its gate)
 
-Shape legend: L layers; N units of a kind in one row; a row is what shares one target (one layer, or one KV group).
+:func:`linear`, :func:`bias`, :func:`norm` and the others below write such rows. Counting, folding, gating, slicing and
+shape checks are computed from them (`llmshearing.fold`); nothing else knows how a family's tensors hang together.
+
+Shape legend: L layers; E experts; N units of a kind in one row; a row is what shares one target (one layer, one KV
+group, or one expert).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, LAYERS, WIDTHS
 
-BLOCKS = ("attention", "mlp")
+EXPERT = "expert"
+"""The kind of unit that a whole expert is, and the axis of a router's outputs."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of unit that can be kept or cut, such as heads or hidden units.
-
-    ``rows`` is None for units shared by all layers, else the number of rows per layer that each meet the target alone
-    (1; or the KV groups, where query heads are cut inside each group). ``size``: units in one row.
-    """
+    """A kind of unit that can be kept or cut, such as heads or hidden units."""
 
     name: str
     size: int
+    """Units in one row."""
     rows: int | None
+    """Rows per layer that each meet the target alone: 1; or the KV groups, where query heads are cut inside each group;
+    or the experts. None for units that all layers share."""
+    minimum: int = 0
+    """Units of a row that the modules cannot run without. Closed ones among them stay, with gate 0."""
 
     def shape(self, layers: int) -> tuple[int, ...]:
         """Shape of a full vector of gates: [N], or [L, rows * N]."""
@@ -45,56 +51,220 @@ class Kind:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension shared by tensors: ``length`` elements, of which each unit of ``kind`` owns ``per_unit`` in a run.
-
-    ``kind`` is None for an axis that is never cut.
-    """
+    """A dimension that tensors share."""
 
     length: int
+    """Elements."""
     kind: str | None = None
+    """Kind of the units that own them; None for an axis that is never cut."""
     per_unit: int = 1
+    """Elements in a run that one unit owns."""
+    of_expert: bool = False
+    """Whether these are the elements of one expert: each expert is then a row of the kind."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A dimension in which several axes follow one another, once or in every one of ``runs`` equal runs.
+
+        Segments(("query", "kv", "kv"))                 q q q q k k v v
+        Segments(("query", "kv", "kv"), runs=2)         q q k v q q k v      by KV group
+    """
+
+    axes: tuple[str, ...]
+    runs: int = 1
+
+
+Dimension = str | Segments
+
+
+def axes_of(dimension: Dimension) -> tuple[str, ...]:
+    """The axes in a dimension."""
+    return (dimension,) if isinstance(dimension, str) else dimension.axes
+
+
+@dataclass(frozen=True)
+class Module:
+    """What owns a tensor. ``cls``: the exact class, since a subclass may compute something else.
+
+    form: how its forward pass uses the tensor: linear, conv1d, embedding, rms_norm or layer_norm. eps: the attribute
+    that a norm adds to its variance. offset: what a norm adds to its weight before it multiplies (Gemma: 1).
+    """
+
+    cls: str
+    form: str
+    eps: str = ""
+    offset: float = 0.0
+
+
+LINEAR = Module("torch.nn.modules.linear.Linear", "linear")
+CONV1D = Module("transformers.pytorch_utils.Conv1D", "conv1d")
+EMBEDDING = Module("torch.nn.modules.sparse.Embedding", "embedding")
+LAYER_NORM = Module("torch.nn.modules.normalization.LayerNorm", "layer_norm", "eps")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One row of the table. ``name`` has ``{layer}`` where the tensor repeats per layer.
-
-    gates: axes whose gate is multiplied in. block: the branch that it belongs to; ``scaled``: the block's own gate is
-    multiplied in too. counted: part of the expected parameters. alias: the tensor that this one is (tied weights).
-    """
+    """One row of the table."""
 
     name: str
-    axes: tuple[str, ...]
+    """In the state dict; ``{layer}`` and ``{expert}`` stand for their numbers."""
+    axes: tuple[Dimension, ...]
+    """One a dimension."""
     gates: tuple[str, ...] = ()
+    """Axes whose gate is multiplied in; ``expert`` for the gate of the expert that it belongs to."""
     block: str | None = None
+    """Branch of the layer."""
     scaled: bool = False
+    """Whether the branch's own gate is multiplied in."""
     counted: bool = False
+    """Whether it is part of the expected parameters."""
     alias: str | None = None
+    """The tensor that this one is (tied weights)."""
+    reads: int | None = None
+    """Dimension that the module sums over or looks up in; None for biases and norms."""
+    writes: int | None = None
+    """Dimension of the module's output; None for norms, which write what they read."""
+    module: Module = LINEAR
+    rescale: float = 0.0
+    """The folded tensor is multiplied by (hidden units before / after) ** rescale: makes up for a module that
+    multiplies by a power of the hidden size of the config."""
+    layers: tuple[int, ...] | None = None
+    """Layers that have it; None: all."""
+    expert: int | None = None
+    """Number of the expert that it belongs to."""
+    stacked: bool = False
+    """Whether its first dimension is the experts, and the others are those of one expert's matrix."""
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.name
 
+    @property
+    def matrix(self) -> tuple[Dimension, ...]:
+        """The dimensions without that of stacked experts."""
+        return self.axes[1:] if self.stacked else self.axes
+
+    def read(self) -> Dimension | None:
+        """What it reads; None for biases and norms."""
+        return None if self.reads is None else self.axes[self.reads]
+
+    def written(self) -> Dimension | None:
+        """What it writes; None for norms."""
+        return None if self.writes is None else self.axes[self.writes]
+
+
+def linear(name: str, out: Dimension, read: Dimension, **row: Any) -> TensorSpec:
+    """The weight [out, in] of an ``nn.Linear``."""
+    return TensorSpec(name, (out, read), reads=1, writes=0, **{"counted": True, **row})
+
+
+def conv1d(name: str, read: Dimension, out: Dimension, **row: Any) -> TensorSpec:
+    """The weight [in, out] of a ``Conv1D`` of transformers."""
+    return TensorSpec(name, (read, out), reads=0, writes=1, **{"counted": True, "module": CONV1D, **row})
+
+
+def bias(name: str, out: Dimension, **row: Any) -> TensorSpec:
+    """The bias [out] of a projection."""
+    return TensorSpec(name, (out,), writes=0, **{"counted": True, **row})
+
+
+def embedding(name: str, rows: str, **row: Any) -> TensorSpec:
+    """A table [rows, hidden] that the residual stream starts from; gated by hidden units."""
+    return TensorSpec(name, (rows, "hidden"), reads=0, writes=1, **{"gates": ("hidden",), "module": EMBEDDING, **row})
+
+
+def norm(name: str, axis: str, module: Module, **row: Any) -> TensorSpec:
+    """Weight or bias [axis] of a norm."""
+    return TensorSpec(name, (axis,), module=module, **row)
+
+
+def of_experts(number: int, rows: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The same rows for every expert."""
+    return [replace(row, expert=expert) for row in rows for expert in range(number)]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of a module that a smaller model sets otherwise: elements kept of ``axis`` // ``per``.
+
+    module: path, with ``{layer}``. name: of the attribute; ``config.KEY`` for a key of the config that the module
+    looks at. per: a number, or an axis of whose kept elements there are that many.
+    """
+
+    module: str
+    name: str
+    axis: str
+    per: int | str = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts are: ``module`` (path, with ``{layer}``) keeps a list of them in its attribute ``list``."""
+
+    module: str
+    list: str = "experts"
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Two axes that a model of the family has equally many elements of, and why."""
+
+    one: str
+    other: str
+    reason: str
+
 
 @dataclass(frozen=True)
 class Table:
-    """All that the package knows of how the tensors of one model depend on one another.
-
-    config_axes: key of the model's config -> (axis, elements per unit of that key), e.g. ``num_attention_heads`` ->
-    ("query", head_dim). layers_key: the config's key for the number of layers. attention_axes: the axes of queries and
-    of keys and values; their lengths' ratio is the number of query heads that share a KV head. of_layer: where layers
-    differ in size, for each the table of a model of layers like it; ``kinds`` and ``axes`` then hold the largest sizes.
-    """
+    """All that the package knows of how the tensors of one model depend on one another."""
 
     family: str
     layers: int
     kinds: Mapping[str, Kind]
     axes: Mapping[str, Axis]
     tensors: tuple[TensorSpec, ...]
+    keys: Mapping[str, str]
+    """Size (`families.names`) -> key of the model's config."""
     config_axes: Mapping[str, tuple[str, int]]
-    layers_key: str = "num_hidden_layers"
-    attention_axes: tuple[str, str] = ("query", "kv")
+    """Key of the config -> (axis, elements for each unit of that key), as ``num_attention_heads`` -> (query, 64)."""
+    head_dim: int = 0
+    """Elements of a head; never cut. Written to the config where ``keys`` has a key for it."""
+    attributes: tuple[Attribute, ...] = ()
+    experts: Experts | None = None
+    couplings: tuple[Coupling, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """Sizes that cannot be cut in this model -> why."""
+    layer_tuple: bool = False
+    """Whether a decoder layer returns a tuple."""
     of_layer: tuple[Table, ...] = ()
+    """Where layers differ in size, for each the table of a model of layers like it; ``kinds`` and ``axes`` then hold
+    the largest sizes."""
+
+    @property
+    def layers_key(self) -> str:
+        """The config's key for the number of layers."""
+        return self.keys[LAYERS]
+
+    @property
+    def head_dim_key(self) -> str | None:
+        """The config's key for the width of a head; None where it is always hidden units / heads."""
+        return self.keys.get(HEAD_DIM)
+
+    @cached_property
+    def widths(self) -> tuple[str, ...]:
+        """Keys of the config of which every layer may have its own value."""
+        return tuple(self.keys[size] for size in WIDTHS if size in self.keys)
+
+    @property
+    def layers_path(self) -> str:
+        """Path of the list of layers in the model."""
+        return next(spec.name for spec in self.tensors if spec.per_layer).partition(".{layer}")[0]
+
+    def size_of(self, key: str) -> str:
+        """The size (`families.names`) that a key of the config is."""
+        return next(size for size, name in self.keys.items() if name == key)
 
     def at_layer(self, layer: int | None) -> Table:
         """The table whose kinds and axes hold for a layer (None: for what is outside the layers)."""
@@ -103,16 +273,21 @@ class Table:
     def instances(self) -> Iterator[tuple[str, TensorSpec, int | None]]:
         """(tensor name, row, layer or None) of every tensor of the source model."""
         for spec in self.tensors:
-            for layer in range(self.layers) if spec.per_layer else (None,):
-                yield spec.name.format(layer=layer), spec, layer
+            every = range(self.layers) if spec.layers is None else spec.layers
+            for layer in every if spec.per_layer else (None,):
+                yield spec.name.format(layer=layer, expert=spec.expert), spec, layer
 
     @cached_property
     def by_name(self) -> dict[str, tuple[TensorSpec, int | None]]:
         return {name: (spec, layer) for name, spec, layer in self.instances()}
 
-    def tensor_shape(self, spec: TensorSpec, layer: int | None = None) -> tuple[int, ...]:
+    def length(self, dimension: Dimension, layer: int | None = None) -> int:
+        """Elements of a dimension in a layer."""
         axes = self.at_layer(layer).axes
-        return tuple(axes[axis].length for axis in spec.axes)
+        return sum(axes[axis].length for axis in axes_of(dimension))
+
+    def tensor_shape(self, spec: TensorSpec, layer: int | None = None) -> tuple[int, ...]:
+        return tuple(self.length(dimension, layer) for dimension in spec.axes)
 
     def count(self, counted_only: bool = False) -> int:
         """Number of parameters; a tied tensor counts once. ``counted_only``: the rows that expected size counts."""
@@ -127,14 +302,40 @@ class Table:
         shape = {key: self.axes[axis].length // per for key, (axis, per) in self.config_axes.items()}
         return {**shape, self.layers_key: self.layers}
 
+    def sizes(self) -> dict[str, int]:
+        """The model's shape by the names of sizes; as many KV groups as heads where the family has no key for them."""
+        shape = self.shape()
+        sizes = {size: shape[key] for size, key in self.keys.items() if key in shape}
+        if HEADS in sizes:
+            sizes = {GROUPS: sizes[HEADS], **sizes, HEAD_DIM: self.head_dim}
+        return sizes
+
     def units(self, shape: Mapping[str, int]) -> dict[str, int]:
         """kind -> open units in each row that a shape (in the config's keys) asks for."""
         units = {}
         for key, (name, per) in self.config_axes.items():
             axis = self.axes[name]
             if axis.kind is not None:
-                units[axis.kind] = shape[key] * per // axis.per_unit // (self.kinds[axis.kind].rows or 1)
+                rows = 1 if axis.of_expert else self.kinds[axis.kind].rows or 1
+                units[axis.kind] = shape[key] * per // axis.per_unit // rows
         return units
+
+    def multiple(self, kind: str, elements: int) -> int:
+        """The number of units of a kind whose multiples are multiples of so many elements on every axis of the kind.
+
+        1 for a kind on whose axes a norm lies inside the branches: it would count the units that are added.
+        """
+        if kind in self._normed:
+            return 1
+        per_unit = [axis.per_unit for axis in self.axes.values() if axis.kind == kind]
+        return math.lcm(*(elements // math.gcd(elements, per) for per in per_unit))
+
+    @cached_property
+    def _normed(self) -> frozenset[str]:
+        """Kinds whose own rows a norm counts: not hidden units, whose closed ones are 0 wherever a norm reads them."""
+        lengths = {axis for spec in self.tensors if spec.module.form.endswith("norm") for axis in axes_of(spec.axes[0])}
+        kinds = {kind for axis in lengths if (kind := self.axes[axis].kind) is not None}
+        return frozenset(kind for kind in kinds if self.kinds[kind].rows is not None) | {EXPERT}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with those of a state dict.
@@ -151,27 +352,25 @@ class Table:
         if problems:
             raise ShearingError("tensors do not match the table:\n  " + "\n  ".join(problems))
 
-    def expected_parameters(self, open_units: Mapping[str, Tensor], open_blocks: Mapping[str, Tensor]) -> Tensor:
-        """Expected size of the counted tensors: products of expected open counts along their axes.
+    def shape_problems(self, shape: Mapping[str, int]) -> list[str]:
+        """What keeps a model of the family from having this shape (in the config's keys)."""
+        source = self.shape()
+        problems = [
+            f"{self.keys[size]} = {shape[self.keys[size]]}: must stay {source[self.keys[size]]}, {why}"
+            for size, why in self.fixed.items()
+            if shape[self.keys[size]] != source[self.keys[size]]
+        ]
+        for kind, units in self.units(shape).items():
+            if units < self.kinds[kind].minimum:
+                problems.append(f"{kind}: {units} units; the {self.family} family needs {self.kinds[kind].minimum}")
+        for coupling in self.couplings:
+            left, right = (self._described(axis, shape) for axis in (coupling.one, coupling.other))
+            if left[1] != right[1]:
+                problems.append(f"{left[0]} must be {right[0]}: {coupling.reason}")
+        return problems
 
-        Args:
-            open_units: kind -> expected number of open units, scalar or [L]; an absent kind is all open.
-            open_blocks: block -> probability [L] that it is open; an absent block is open.
-        """
-        total = torch.zeros((), dtype=torch.float64)
-        for spec in self.tensors:
-            if spec.counted and spec.alias is None:
-                factor: Tensor | float = 1.0
-                for name in spec.axes:
-                    axis = self.axes[name]
-                    known = axis.kind is not None and axis.kind in open_units
-                    factor = factor * (open_units[axis.kind] * axis.per_unit if known else axis.length)  # type: ignore[index]
-                factor = factor * open_blocks.get(spec.block, 1.0) if spec.block else factor
-                per_layer = torch.as_tensor(factor).expand(self.layers) if spec.per_layer else torch.as_tensor(factor)
-                total = total.to(per_layer.device) + per_layer.sum()
-        return total
-
-    def multiple(self, kind: str, elements: int) -> int:
-        """The number of units of a kind whose multiples are multiples of so many elements on every axis of the kind."""
-        per_unit = [axis.per_unit for axis in self.axes.values() if axis.kind == kind]
-        return math.lcm(*(elements // math.gcd(elements, per) for per in per_unit))
+    def _described(self, axis: str, shape: Mapping[str, int]) -> tuple[str, int]:
+        """An axis's length in a shape, in words and as a number."""
+        key, per = next((key, per) for key, (name, per) in self.config_axes.items() if name == axis)
+        times = f" x {per}" if per != 1 else ""
+        return f"{key} = {shape[key]}{times}", shape[key] * per

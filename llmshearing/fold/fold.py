@@ -1,7 +1,11 @@
-"""The one fold: gates multiplied in, closed units cut out, layers renumbered.
+"""The one fold: gates multiplied in, closed units cut out, layers and experts renumbered.
 
-:func:`gate_and_gather` does so for one tensor, differentiably, and is also what a gated module computes in its forward
-pass. Which units stay on which dimension of a tensor is computed from the table (:func:`resolve`).
+    selection + table --resolve-->  a Cut for every tensor  --gate_and_gather-->  the smaller tensor
+
+:func:`gate_and_gather` is also what a gated module computes in its forward pass (`llmshearing.fold.gating`): the gated
+model and the folded one are the same computation.
+
+Shape legend: L layers; E experts; N units of a kind in one row.
 """
 
 from __future__ import annotations
@@ -15,13 +19,12 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.nonuniform.config import config_with_sizes
-from llmshearing.families.table import BLOCKS, Axis, Table, TensorSpec
+from llmshearing.families import family_of
+from llmshearing.families.names import BLOCKS
+from llmshearing.families.nonuniform.table import config_with_sizes
+from llmshearing.families.table import EXPERT, Axis, Dimension, Segments, Table, TensorSpec, axes_of
 from llmshearing.fold.gather import gate_and_gather_matrix
 from llmshearing.fold.selection import Selection, Units, check_selection
-
-# Keys of a config that hold a list with an entry per layer.
-PER_LAYER_KEYS = ("layer_types",)
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,30 @@ class Part:
     gate: Tensor | None = None
     padding: int = 0
 
+    def ungated(self) -> Part:
+        """The same elements, as they are."""
+        return Part(self.index, None, self.padding)
+
 
 WHOLE = Part()
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one tensor: a :class:`Part` a dimension, and its block's gate (a scalar; None: 1)."""
+    """What stays of one tensor.
+
+    parts: a :class:`Part` a dimension. scale: gates of the branch and of the expert that it belongs to (a scalar; None:
+    1). offset: what its module adds before it multiplies, so that gates act on the sum. stack: for a tensor of stacked
+    experts, the kept experts and the cut of each one's matrix; ``parts`` is then empty.
+    """
 
     parts: tuple[Part, ...]
-    scale: Tensor | None = None
+    scale: Tensor | float | None = None
+    offset: float = 0.0
+    stack: tuple[tuple[int, Cut], ...] = ()
+
+
+# What stays of a dimension -----------------------------------------------------------------------------------------
 
 
 def _axis_units(table: Table, axis: Axis, layer: int | None, selection: Selection) -> Units | None:
@@ -53,18 +70,29 @@ def _axis_units(table: Table, axis: Axis, layer: int | None, selection: Selectio
 
 
 def length(table: Table, axis_name: str, layer: int | None, selection: Selection) -> int:
-    """Number of elements of an axis that stay in a layer."""
-    axis = table.at_layer(layer).axes[axis_name]
-    units = _axis_units(table, axis, layer, selection)
-    return axis.length if units is None else len(units.index) * axis.per_unit
-
-
-def part_of(table: Table, axis_name: str, layer: int | None, selection: Selection) -> Part:
-    """What of an axis stays in a layer."""
+    """Number of elements of an axis that stay in a layer (of one expert, where it is an axis of experts)."""
     axis = table.at_layer(layer).axes[axis_name]
     units = _axis_units(table, axis, layer, selection)
     if units is None:
+        return axis.length
+    rows = table.kinds[axis.kind].rows or 1 if axis.of_expert else 1  # type: ignore[index]
+    return len(units.index) // rows * axis.per_unit
+
+
+def part_of(
+    table: Table, dimension: Dimension, layer: int | None, selection: Selection, expert: int | None = None
+) -> Part:
+    """What of a dimension stays in a layer, with the gates of all its units."""
+    if isinstance(dimension, Segments):
+        parts = [part_of(table, axis, layer, selection, expert) for axis in dimension.axes]
+        return _interleaved(table, dimension, layer, parts)
+    here = table.at_layer(layer)
+    axis = here.axes[dimension]
+    units = _axis_units(table, axis, layer, selection)
+    if units is None:
         return WHOLE
+    if axis.of_expert and expert is not None:
+        units = _of_expert(units, expert, here.kinds[axis.kind].rows or 1, here.kinds[axis.kind].size)  # type: ignore[index]
     if axis.per_unit == 1:
         return Part(units.index, units.gate, units.padding)
     offsets = torch.arange(axis.per_unit, device=units.index.device)
@@ -73,49 +101,164 @@ def part_of(table: Table, axis_name: str, layer: int | None, selection: Selectio
     return Part(index, gate, units.padding * axis.per_unit)
 
 
-def resolve(table: Table, selection: Selection) -> dict[str, Cut]:
-    """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in; none in closed layers."""
-    memo: dict[tuple[str, int | None], Part] = {}
-    scales = {block: gate.unbind() for block, gate in selection.blocks.items()}
-    cuts = {}
-    for name, spec, layer in table.instances():
-        if layer is not None and not selection.layer_is_open(layer):
-            continue
-        parts = []
-        for axis in spec.axes:
-            kind = table.kinds.get(table.axes[axis].kind or "")
-            key = (axis, layer if kind is not None and kind.rows is not None else None)
-            part = memo[key] if key in memo else memo.setdefault(key, part_of(table, axis, layer, selection))
-            parts.append(part if axis in spec.gates else Part(part.index, padding=part.padding))
-        scaled = spec.scaled and spec.block in scales
-        cuts[name] = Cut(tuple(parts), scales[spec.block][layer] if scaled else None)  # type: ignore[index]
+def _of_expert(units: Units, expert: int, rows: int, size: int) -> Units:
+    """The units of one expert, numbered within it. Every expert has equally many."""
+    number = len(units.index) // rows
+    own = slice(expert * number, (expert + 1) * number)
+    return Units(units.index[own] - expert * size, None if units.gate is None else units.gate[own])
+
+
+def _interleaved(table: Table, dimension: Segments, layer: int | None, parts: list[Part]) -> Part:
+    """What of segments stays: each segment's elements at their places in the whole dimension, in order."""
+    if all(part.index is None for part in parts):
+        return WHOLE
+    sizes = [table.length(axis, layer) // dimension.runs for axis in dimension.axes]  # elements of each in one run
+    device = next(part.index.device for part in parts if part.index is not None)
+    places, gates, start = [], [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        index = torch.arange(size * dimension.runs, device=device) if part.index is None else part.index
+        places.append(index // size * sum(sizes) + start + index % size)
+        gates.append(part.gate)
+        start += size
+    place, order = torch.cat(places).sort()
+    if all(gate is None for gate in gates):
+        return Part(place)
+    dtype = next(gate.dtype for gate in gates if gate is not None)
+    known = [
+        torch.ones(len(at), dtype=dtype, device=device) if gate is None else gate
+        for at, gate in zip(places, gates, strict=True)
+    ]
+    return Part(place, torch.cat(known)[order])
+
+
+# What stays of a tensor --------------------------------------------------------------------------------------------
+
+
+def resolve(table: Table, selection: Selection, *, folding: bool = False) -> dict[str, Cut]:
+    """tensor name -> its :class:`Cut`, with gates only where the row multiplies them in; none of what is closed.
+
+    folding: also what makes up for modules that look at the hidden size of their config. A gated model's config is
+    the source's.
+    """
+    resolver = _Resolver(table, selection, folding)
+    cuts = {name: resolver.cut(spec, layer) for name, spec, layer in table.instances() if resolver.stays(spec, layer)}
     return cuts
+
+
+class _Resolver:
+    """Looks each dimension up once for all tensors that lie on it."""
+
+    def __init__(self, table: Table, selection: Selection, folding: bool) -> None:
+        self.table, self.selection = table, selection
+        self.scales = {block: gate.unbind() for block, gate in selection.blocks.items()}
+        self.parts: dict[tuple[Dimension, int | None, int | None], Part] = {}
+        hidden = table.axes["hidden"].length if folding and "hidden" in table.axes else 0
+        self.shrunk = hidden / max(1, length(table, "hidden", None, selection)) if hidden else 1.0
+
+    def stays(self, spec: TensorSpec, layer: int | None) -> bool:
+        if layer is not None and not self.selection.layer_is_open(layer):
+            return False
+        return spec.expert is None or spec.expert in kept_experts(self.table, layer, self.selection)
+
+    def cut(self, spec: TensorSpec, layer: int | None) -> Cut:
+        if spec.stacked:
+            experts = kept_experts(self.table, layer, self.selection)
+            return Cut((), stack=tuple((expert, self._matrix(spec, layer, expert)) for expert in experts))
+        return self._matrix(spec, layer, spec.expert)
+
+    def _matrix(self, spec: TensorSpec, layer: int | None, expert: int | None) -> Cut:
+        parts = []
+        for dimension in spec.matrix:
+            part = self._part(dimension, layer, expert)
+            gated = any(axis in spec.gates for axis in axes_of(dimension))
+            parts.append(part if gated else part.ungated())
+        return Cut(tuple(parts), self._scale(spec, layer, expert), spec.module.offset)
+
+    def _part(self, dimension: Dimension, layer: int | None, expert: int | None) -> Part:
+        axes = [self.table.axes[axis] for axis in axes_of(dimension)]
+        shared = all(axis.kind is None or self.table.kinds[axis.kind].rows is None for axis in axes)
+        own = expert if any(axis.of_expert for axis in axes) else None
+        key = dimension, None if shared and not self.table.of_layer else layer, own
+        if key not in self.parts:
+            self.parts[key] = part_of(self.table, dimension, layer, self.selection, expert)
+        return self.parts[key]
+
+    def _scale(self, spec: TensorSpec, layer: int | None, expert: int | None) -> Tensor | float | None:
+        scale: Tensor | float | None = None
+        if spec.scaled and spec.block in self.scales:
+            scale = self.scales[spec.block][layer]  # type: ignore[index]
+        if EXPERT in spec.gates and expert is not None and EXPERT in self.selection.units:
+            units = self.selection.units[EXPERT][layer]  # type: ignore[index]
+            if units.gate is not None:
+                gate = units.gate[units.numbers.index(expert)]
+                scale = gate if scale is None else scale * gate
+        if spec.rescale and self.shrunk != 1.0:
+            factor = self.shrunk**spec.rescale
+            scale = factor if scale is None else scale * factor
+        return scale
+
+
+def kept_experts(table: Table, layer: int | None, selection: Selection) -> tuple[int, ...]:
+    """Numbers of the experts that stay in a layer."""
+    if EXPERT in selection.units:
+        return selection.units[EXPERT][layer].numbers  # type: ignore[index]
+    return tuple(range(table.kinds[EXPERT].size)) if EXPERT in table.kinds else ()
+
+
+# One tensor --------------------------------------------------------------------------------------------------------
 
 
 def gate_and_gather(weight: Tensor, cut: Cut, dtype: torch.dtype | None = None) -> Tensor:
     """Cut one tensor and multiply its gates in, differentiably.
 
     Args:
-        weight: a vector or matrix; or, where ``cut`` has a single part, any tensor whose last dimension it describes.
-        dtype: of the result; None: the weight's.
+        weight: a vector, a matrix, or stacked matrices where ``cut`` says so. dtype: of the result; None: the weight's.
+
     Returns:
         The smaller tensor; gradients reach the kept elements of ``weight`` (the others get zeros) and the gates.
+
+    Raises:
+        ShearingError: the cut is of a tensor with another number of dimensions.
     """
-    rows = weight if weight.dim() == len(cut.parts) else weight.flatten(0, -2)
-    *row, column = [_operands(part, size, rows.dtype) for part, size in _sized(rows, cut)]
-    row_index, row_gate = row[0] if row else (None, None)
-    column_index, column_gate = column
-    if cut.scale is not None:
-        column_gate = _scaled(column_gate, cut.scale.to(rows.dtype), column_index, rows.shape[-1])
-    matrix = rows if rows.dim() == 2 else rows[None]
-    out = gate_and_gather_matrix(matrix, row_index, row_gate, column_index, column_gate, dtype or rows.dtype)
-    if weight.dim() == 1:
-        return out[0]
-    return out if weight.dim() == len(cut.parts) else out.unflatten(0, weight.shape[:-1])
+    if cut.stack:
+        return torch.stack([gate_and_gather(weight[expert], own, dtype) for expert, own in cut.stack])
+    if weight.dim() != len(cut.parts) or weight.dim() not in (1, 2):
+        raise ShearingError(f"a tensor of {weight.dim()} dimensions met a cut of {len(cut.parts)}")
+    out = _gathered(weight if weight.dim() == 2 else weight[None], cut, dtype or weight.dtype)
+    out = out if weight.dim() == 2 else out[0]
+    return _with_offset(out, cut) if cut.offset else out
 
 
-def _sized(rows: Tensor, cut: Cut) -> list[tuple[Part, int]]:
-    return list(zip(cut.parts, rows.shape[rows.dim() - len(cut.parts) :], strict=True))
+def gather_columns(values: Tensor, cut: Cut) -> Tensor:
+    """What of values [..., n] in the last dimension of a tensor stays, with its gates: [..., kept].
+
+    Raises:
+        ShearingError: an offset or stacked experts, which values have none of.
+    """
+    if cut.offset or cut.stack:
+        raise ShearingError("values behind a table of embeddings have neither an offset nor experts")
+    rows = _gathered(values.flatten(0, -2), Cut((WHOLE, cut.parts[-1]), cut.scale), values.dtype)
+    return rows.unflatten(0, values.shape[:-1])
+
+
+def _gathered(matrix: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+    sizes = matrix.shape[-len(cut.parts) :]
+    operands = [_operands(part, size, matrix.dtype) for part, size in zip(cut.parts, sizes, strict=True)]
+    row_index, row_gate = operands[0] if len(operands) == 2 else (None, None)
+    column_index, column_gate = operands[-1]
+    if isinstance(cut.scale, Tensor):
+        column_gate = _scaled(column_gate, cut.scale.to(matrix.dtype), column_index, matrix.shape[-1])
+    out = gate_and_gather_matrix(matrix, row_index, row_gate, column_index, column_gate, dtype)
+    return out * cut.scale if isinstance(cut.scale, float) else out
+
+
+def _with_offset(out: Tensor, cut: Cut) -> Tensor:
+    """gate * weight -> gate * (weight + offset) - offset: the gate acts on what the module multiplies by."""
+    gate, scale = cut.parts[0].gate, cut.scale
+    if gate is None and scale is None:
+        return out
+    factor = scale if gate is None else gate if scale is None else gate * scale
+    return out + (torch.as_tensor(factor).to(out) - 1) * cut.offset
 
 
 def _operands(part: Part, size: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -127,6 +270,9 @@ def _operands(part: Part, size: int, dtype: torch.dtype) -> tuple[Tensor | None,
 def _scaled(gate: Tensor | None, scale: Tensor, index: Tensor | None, size: int) -> Tensor:
     """The gates of a dimension, times a scalar."""
     return gate * scale if gate is not None else scale.expand(size if index is None else len(index))
+
+
+# A whole model -----------------------------------------------------------------------------------------------------
 
 
 def fold(
@@ -156,8 +302,7 @@ def fold_lazily(
     check_selection(table, selection)
     if not zero_closed_blocks:
         check_foldable(table, selection)
-    new_number = {layer: new for new, layer in enumerate(selection.kept_layers(table.layers))}
-    cuts = resolve(table, selection)
+    cuts = resolve(table, selection, folding=True)
     aliased = {spec.alias for spec in table.tensors if spec.alias}
     made: dict[str, Tensor] = {}
 
@@ -169,11 +314,27 @@ def fold_lazily(
             made[name] = tensor
         return tensor
 
-    # Tied tensors come last, after the tensor that they are.
+    for name, new_name, spec, _ in renamed(table, selection):
+        yield new_name, partial(make, name, spec)
+
+
+def renamed(table: Table, selection: Selection) -> Iterator[tuple[str, str, TensorSpec, int | None]]:
+    """(name in the source, name in the folded model, row, source layer) of every tensor that stays.
+
+    Tied tensors come last, after the tensor that they are.
+    """
+    new_number = {layer: new for new, layer in enumerate(selection.kept_layers(table.layers))}
     for name, spec, layer in sorted(table.instances(), key=lambda item: item[1].alias is not None):
-        if layer is None or layer in new_number:
-            new_name = spec.name.format(layer=None if layer is None else new_number[layer])
-            yield new_name, partial(make, name, spec)
+        if layer is not None and layer not in new_number:
+            continue
+        experts = kept_experts(table, layer, selection) if spec.expert is not None else ()
+        if spec.expert is not None and spec.expert not in experts:
+            continue
+        numbers = {
+            "layer": None if layer is None else new_number[layer],
+            "expert": None if spec.expert is None else experts.index(spec.expert),
+        }
+        yield name, spec.name.format(**numbers), spec, layer
 
 
 def check_foldable(table: Table, selection: Selection) -> None:
@@ -194,7 +355,8 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
     """Shape of the folded model in its config's keys.
 
     Raises:
-        ShearingError: kept layers differ in the size of an axis (the layers and sizes are named).
+        ShearingError: kept layers differ in the size of an axis (the layers and sizes are named), or the family has no
+            model of this shape.
     """
     sizes = folded_sizes(table, selection)
     problems = []
@@ -204,29 +366,36 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
             problems.append(f"{key} differs between layers ({listed})")
     if problems:
         raise ShearingError("a uniform model needs one size for all layers: " + "; ".join(problems))
-    return {**next(iter(sizes.values())), table.layers_key: len(selection.kept_layers(table.layers))}
+    shape = {**next(iter(sizes.values())), table.layers_key: len(selection.kept_layers(table.layers))}
+    if problems := table.shape_problems(shape):
+        raise ShearingError("\n".join(problems))
+    return shape
 
 
 def folded_sizes(table: Table, selection: Selection) -> dict[int, dict[str, int]]:
     """Kept layer -> its shape after folding, in the config's keys (of layer 0 where none is kept)."""
     return {
-        layer: {key: length(table, axis, layer, selection) // per for key, (axis, per) in table.config_axes.items()}
+        layer: {
+            key: length(table, axis, layer, selection) // per for key, (axis, per) in table.config_axes.items()
+        }
         for layer in selection.kept_layers(table.layers) or [0]
-    }
+    }  # fmt: skip
 
 
 def folded_config(config: Mapping[str, Any], table: Table, selection: Selection) -> dict[str, Any]:
-    """The folded model's config, of the source's: its shape, head_dim (never cut), and the kept layers' entries.
+    """The folded model's config, of the source's: its shape, head_dim (never cut), and what describes the kept layers.
 
     Layers that differ in size make it a non-uniform one (`llmshearing.families.nonuniform`); layers that agree, a
     plain one.
+
+    Raises:
+        ShearingError: the family has no model of this shape.
     """
+    sizes = list(folded_sizes(table, selection).values())
     kept = selection.kept_layers(table.layers)
-    head_dim = table.config_axes["num_attention_heads"][1]  # no longer hidden / heads: written out
-    values = {**config, **kept_entries(config, kept), "head_dim": head_dim, table.layers_key: len(kept)}
-    return config_with_sizes(values, list(folded_sizes(table, selection).values()))
-
-
-def kept_entries(config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
-    """Those keys of a config that list something for each layer, for the kept layers."""
-    return {key: [config[key][layer] for layer in kept] for key in PER_LAYER_KEYS if config.get(key)}
+    problems = {say: None for size in sizes for say in table.shape_problems({**size, table.layers_key: len(kept)})}
+    if problems:
+        raise ShearingError("\n".join(problems))
+    # No longer hidden / heads: written out.
+    head_dim = {table.head_dim_key: table.head_dim} if table.head_dim_key else {}
+    return config_with_sizes({**config, **family_of(table.family).kept_config(config, kept), **head_dim}, sizes)

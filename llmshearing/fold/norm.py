@@ -1,4 +1,4 @@
-"""RMSNorm, forward and backward, in few passes over the tokens and with one tensor of their size kept.
+"""Norms that count open units. RMSNorm is written forward and backward: few passes over the tokens, one tensor kept.
 
     s = (sum_j x_j^2 / size + eps)^(-1/2)     n = x s     out = n w                            (Zhang, Sennrich 2019)
     dw = sum over tokens of g n               dx = s (g w - n sum_j(g_j w_j n_j) / size)        g: gradient of out
@@ -42,3 +42,28 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, size: int) -> Tensor:
     """RMSNorm over ``size`` units in the last dimension, computed in float32 or wider; the result is in ``dtype``."""
     return _RMSNorm.apply(x, weight, epsilon, dtype, size)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, dtype: torch.dtype, size: int
+) -> Tensor:
+    """LayerNorm over ``size`` units in the last dimension, in float32 or wider; the result is in ``dtype``.
+
+        m = sum_j x_j / size     v = sum_j x_j^2 / size - m^2     out = (x - m) (v + eps)^(-1/2) w + b    (Ba et al.)
+
+    Units that are closed and only there to round their number up are 0 in x, and in w and b: neither sum sees them.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if size == x.shape[-1] and size > 0:
+        return torch.nn.functional.layer_norm(wide, (size,), weight.to(wide), _to(bias, wide), epsilon).to(dtype)
+    size = max(1, size)  # all units may be closed
+    mean = wide.sum(-1, keepdim=True) / size
+    # The mean of the counted units' squared distances. Those of the others are mean^2 each.
+    extra = (x.shape[-1] - size) * mean.square()
+    variance = ((wide - mean).square().sum(-1, keepdim=True) - extra) / size
+    out = (wide - mean) * (variance + epsilon).rsqrt() * weight
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.to(like)

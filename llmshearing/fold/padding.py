@@ -15,11 +15,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmshearing.families import table_for
-from llmshearing.families.nonuniform.config import config_of, config_with_sizes
-from llmshearing.families.table import Table
+from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.nonuniform.table import config_with_sizes
+from llmshearing.families.table import Dimension, Table
 
 View = tuple[int, int, int]
 
@@ -34,8 +36,9 @@ def padded(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[di
     result: dict[str, Tensor] = {}
     for name, spec, layer in small.instances():
         tensor = weights[name]
-        for dim, axis in reversed(list(enumerate(spec.axes))):
-            tensor = _grown(tensor, dim, _view(small, axis, layer), _view(large, axis, layer))
+        large_spec = large.by_name[name][0]
+        for dim in reversed(range(len(spec.axes))):
+            tensor = _grown_dimension(tensor, dim, (small, spec.axes[dim]), (large, large_spec.axes[dim]), layer)
         result[name] = result[spec.alias] if spec.alias is not None else tensor
     return result, wide
 
@@ -60,6 +63,23 @@ def _view(table: Table, axis_name: str, layer: int | None) -> View:
     if axis.kind is None:
         return 1, 1, axis.length
     return here.kinds[axis.kind].rows or 1, here.kinds[axis.kind].size, axis.per_unit
+
+
+def _grown_dimension(
+    tensor: Tensor, dim: int, old: tuple[Table, Dimension], new: tuple[Table, Dimension], layer: int | None
+) -> Tensor:
+    """One dimension of a tensor, grown; segments are taken apart, grown, and put together again."""
+    (small, dimension), (large, wide) = old, new
+    if isinstance(dimension, str) or isinstance(wide, str):
+        axis = str(dimension)
+        return _grown(tensor, dim, _view(small, axis, layer), _view(large, axis, layer))
+    sizes = [small.length(axis, layer) // dimension.runs for axis in dimension.axes]
+    pieces = tensor.unflatten(dim, (dimension.runs, -1)).split(sizes, dim + 1)
+    grown = [
+        _grown_dimension(piece.flatten(dim, dim + 1), dim, (small, axis), (large, axis), layer)
+        for piece, axis in zip(pieces, dimension.axes, strict=True)
+    ]
+    return torch.cat([piece.unflatten(dim, (wide.runs, -1)) for piece in grown], dim + 1).flatten(dim, dim + 1)
 
 
 def _grown(tensor: Tensor, dim: int, old: View, new: View) -> Tensor:

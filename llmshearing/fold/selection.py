@@ -25,7 +25,8 @@ from torch import Tensor
 
 from llmshearing import files
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import BLOCKS, Kind, Table
+from llmshearing.families.names import BLOCKS
+from llmshearing.families.table import EXPERT, Kind, Table
 
 FORMAT = "llmshearing-selection-1"
 
@@ -34,12 +35,19 @@ FORMAT = "llmshearing-selection-1"
 class Units:
     """Kept units of one row of a kind: ``index`` int64 [k], ascending; ``gate`` [k] or None where all are 1.
 
-    padding: how many of them are closed units with gate 0, there to make a legal or handy number.
+    padding: how many of them are closed units with gate 0, there to make a legal or handy number. known: ``numbers``,
+    where the maker has them at hand already.
     """
 
     index: Tensor
     gate: Tensor | None = None
     padding: int = 0
+    known: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The kept units as numbers (a transfer from the device, unless known already)."""
+        return tuple(self.index.tolist()) if self.known is None else self.known
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"{len(units.gate)} gates for {len(index)} units"
     elif kind.rows is None and units.padding:
         yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
+    elif kind.name == EXPERT and len(index) - units.padding < kind.minimum:
+        yield f"{len(index) - units.padding} experts stay, and every token is sent to {kind.minimum}"
     elif len({sum(i // kind.size == row for i in index) for row in range(kind.rows or 1)}) > 1:
         yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 

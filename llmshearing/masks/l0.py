@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import BLOCKS, Table
+from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
+from llmshearing.families.table import EXPERT, Dimension, Table, axes_of
 from llmshearing.fold.fold import check_foldable, folded_shape
 from llmshearing.fold.selection import Selection, Units
 from llmshearing.masks import hard_concrete, lagrangian
 
-# Kinds of mask on whole branches, and the blocks that each one gates.
-BLOCK_KINDS: dict[str, tuple[str, ...]] = {"layer": BLOCKS, "head_layer": ("attention",), "mlp": ("mlp",)}
 # Multipliers of the variant that has one target for all.
 TOTAL = "total"
 # Start just inside the clamp range: a sample is then fully open with probability 0.95.
@@ -132,20 +131,15 @@ class L0Masks(nn.Module):
     def expected_parameters(self) -> Tensor:
         """Expected number of counted parameters, a scalar with gradient."""
         probability = {kind: hard_concrete.probability_open(a) for kind, a in self.log_alpha.items()}
-        units = {kind: p.sum(-1) for kind, p in probability.items() if kind not in BLOCK_KINDS}
-        return self.table.expected_parameters(units, block_product(probability))
+        return expected_parameters(self.table, probability)
 
     def target_parameters(self) -> float:
         """Counted parameters of the target."""
         if self.target is None:
             return self.table.count(counted_only=True) * (1 - (self.target_sparsity or 0.0))
-        units, blocks = {}, {}
-        for kind, number in self.target.items():
-            if kind in BLOCK_KINDS:
-                blocks[kind] = torch.full((self.table.layers,), number / self.table.layers, dtype=torch.float64)
-            else:
-                units[kind] = torch.tensor(float(number * (self.table.kinds[kind].rows or 1)), dtype=torch.float64)
-        return self.table.expected_parameters(units, block_product(blocks)).item()
+        shares = {kind: number / self.row_size(kind) for kind, number in self.target.items()}
+        full = {kind: torch.full(self.shapes[kind], share, dtype=torch.float64) for kind, share in shares.items()}
+        return expected_parameters(self.table, full).item()
 
     def targets_now(self) -> dict[str, float]:
         """Target sparsity of every pair of multipliers at the current progress."""
@@ -179,6 +173,57 @@ class L0Masks(nn.Module):
             a.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
 
 
+def expected_parameters(table: Table, probability: Mapping[str, Tensor]) -> Tensor:
+    """Expected size of the counted tensors: products of expected open counts along their axes.
+
+    Args:
+        probability: mask kind -> of every unit that it is open, full size; an absent kind is all open.
+
+    Returns:
+        float64 scalar, with gradient.
+    """
+    rows = {
+        kind: p if table.kinds[kind].rows is None else p.unflatten(-1, (table.kinds[kind].rows, -1))
+        for kind, p in probability.items()
+        if kind not in BLOCK_KINDS
+    }
+    counts = {kind: p.sum(-1) for kind, p in rows.items()}  # of each row: [] or [L, rows]
+    blocks = block_product(probability)
+    device = next(iter(probability.values())).device if probability else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for spec in table.tensors:
+        if not spec.counted or spec.alias is not None:
+            continue
+        experts = range(table.kinds[EXPERT].size) if spec.stacked else (spec.expert,)
+        for expert in experts:
+            factor: Tensor | float = blocks.get(spec.block, 1.0) if spec.block else 1.0
+            if expert is not None and EXPERT in probability:
+                factor = factor * probability[EXPERT][:, expert]
+            for dimension in spec.matrix:
+                factor = factor * _expected_length(table, dimension, counts, expert)
+            size = torch.as_tensor(factor)
+            size = size.expand(table.layers) if spec.per_layer else size
+            total = total + (size if spec.layers is None else size[list(spec.layers)]).sum()
+    return total
+
+
+def _expected_length(
+    table: Table, dimension: Dimension, counts: Mapping[str, Tensor], expert: int | None
+) -> Tensor | float:
+    """Expected open elements of a dimension, a scalar or [L]."""
+    total: Tensor | float = 0.0
+    for name in axes_of(dimension):
+        axis = table.axes[name]
+        if axis.kind is None or axis.kind not in counts:
+            total = total + axis.length
+            continue
+        number = counts[axis.kind]
+        if number.dim():
+            number = number[:, expert] if axis.of_expert and expert is not None else number.sum(-1)
+        total = total + number * axis.per_unit
+    return total
+
+
 def block_product(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """block -> product [L] of the gates (or probabilities) of all mask kinds on it."""
     product: dict[str, Tensor] = {}
@@ -207,10 +252,10 @@ def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: in
     for kind in kinds:
         rows = table.kinds[kind].rows
         open_rows = is_open[kind].view(table.layers if rows else 1, rows or 1, -1)
-        kept[kind] = _filled(open_rows, table.multiple(kind, round_to)).flatten(1)
+        kept[kind] = _filled(open_rows, table.multiple(kind, round_to), table.kinds[kind].minimum).flatten(1)
         padding[kind] = (kept[kind].sum(-1) - open_rows.sum((1, 2))).tolist()
     places = _places(kept, gates)
-    units = {kind: _units(gates[kind], kept[kind], places[kind], padding[kind]) for kind in kinds}
+    units = {kind: _units(kind, gates[kind], kept[kind], places[kind], padding[kind]) for kind in kinds}
     return Selection(units, blocks, {block: is_open[block].tolist() for block in blocks})
 
 
@@ -222,13 +267,14 @@ def _open_on_cpu(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(gates, flat.split([gate.numel() for gate in gates.values()]), strict=True))
 
 
-def _filled(is_open: Tensor, multiple: int) -> Tensor:
+def _filled(is_open: Tensor, multiple: int, minimum: int) -> Tensor:
     """Open units, and the first closed ones of each row that is shorter than its layer's fullest, rounded up.
 
-    is_open, result: bool [layers, rows, N].
+    is_open, result: bool [layers, rows, N]. minimum: units that each row has at least.
     """
     number = is_open.sum(-1, keepdim=True)
-    width = (number.amax(1, keepdim=True) + multiple - 1) // multiple * multiple
+    width = number.amax(1, keepdim=True).clamp(min=minimum)
+    width = (width + multiple - 1) // multiple * multiple
     closed = is_open.logical_not()
     return is_open | (closed & (closed.cumsum(-1) <= width - number))
 
@@ -243,12 +289,14 @@ def _places(kept: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str
     return dict(zip(kept, places.split([int(mask.sum()) for mask in kept.values()], dim=1), strict=True))
 
 
-def _units(gate: Tensor, kept: Tensor, places: Tensor, padding: list[int]) -> tuple[Units, ...]:
+def _units(kind: str, gate: Tensor, kept: Tensor, places: Tensor, padding: list[int]) -> tuple[Units, ...]:
     """Units of a kind, layer by layer. gate: full size; kept: bool [layers, rows * N] on the CPU; places: [2, n]."""
     counts = kept.sum(-1).tolist()
     inside, flat = places
     values = gate.flatten().index_select(0, flat)
-    return tuple(map(Units, inside.split(counts), values.split(counts), padding))
+    # Experts are modules: their numbers are needed one by one, those of other units never are.
+    known = [tuple(row.nonzero()[:, 0].tolist()) if kind == EXPERT else None for row in kept]
+    return tuple(map(Units, inside.split(counts), values.split(counts), padding, known))
 
 
 def final_gates(masks: L0Masks, uniform: bool = False) -> dict[str, Tensor]:

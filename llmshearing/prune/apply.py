@@ -19,10 +19,10 @@ from llmshearing.checkpoints.hf_read import build_model, load_hf_model
 from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
 from llmshearing.checkpoints.output import REPORT, SELECTION, new_directory
 from llmshearing.errors import ShearingError
-from llmshearing.families import FAMILIES
+from llmshearing.families import DEFAULT, FAMILIES
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
-from llmshearing.fold.fold import fold_lazily, folded_config, kept_entries
+from llmshearing.fold.fold import fold_lazily, folded_config
 from llmshearing.fold.padding import padded
 from llmshearing.fold.selection import save_selection
 from llmshearing.prune.methods import Choice
@@ -54,7 +54,7 @@ def shortened(source: PreTrainedModel, table: Table, choice: Choice) -> Result:
     parent, _, name = path.rpartition(".")
     layers = source.get_submodule(path)
     setattr(source.get_submodule(parent), name, nn.ModuleList([layers[layer] for layer in kept]))
-    entries = kept_entries(source.config.to_dict(), kept)
+    entries = DEFAULT.kept_config(source.config.to_dict(), kept)
     for key, value in {**entries, table.layers_key: len(kept)}.items():
         setattr(source.config, key, value)
     return Result(source, _generation(source, choice))

@@ -27,6 +27,7 @@ from llmshearing.checkpoints.hf_read import load_hf_model, looks_local
 from llmshearing.checkpoints.output import REPORT, check_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
+from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.prune.apply import folded, shortened, write
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
@@ -169,7 +170,7 @@ def _table(config: PretrainedConfig, method: Method, options: Mapping[str, Any])
     if not isinstance(layers, int):
         numbers = [name for name, value in config.to_dict().items() if "layer" in name and isinstance(value, int)]
         raise ShearingError(f"layer_num_field {key}: the config has no such number; it has {', '.join(numbers)}")
-    return Table(config.model_type, layers, kinds={}, axes={}, tensors=(), config_axes={}, layers_key=key)
+    return Table(config.model_type, layers, kinds={}, axes={}, tensors=(), keys={LAYERS: key}, config_axes={})
 
 
 def _calibration(

@@ -16,8 +16,9 @@ from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
 from llmshearing.families.table import Table
-from llmshearing.masks.l0 import BLOCK_KINDS, L0Masks
+from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
 

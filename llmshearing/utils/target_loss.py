@@ -1,7 +1,7 @@
 """Give each domain's target loss: `python -m llmshearing.utils.target_loss {source,fit} ...`.
 
 source  the losses of the source model: it is evaluated on the prepared data, or its evaluation is read from a file
-fit     losses of models of several sizes, extrapolated to the size of the target (llmshearing/data/mixture/target_loss.py)
+fit     losses of models of several sizes, extrapolated to the target's (llmshearing/data/mixture/target_loss.py)
 
 The last line of the output is a pair of overrides for the training command.
 """

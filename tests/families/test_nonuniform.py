@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmshearing.checkpoints.hf_read import hf_to_checkpoint
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, UNIFORM, table_for
-from llmshearing.families.nonuniform.config import BASES, TYPE
+from llmshearing.families import UNIFORM as BASES
+from llmshearing.families.nonuniform.table import TYPE
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.prune.pad import main as pad
 

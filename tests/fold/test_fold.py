@@ -11,7 +11,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.fold.fold import fold, fold_lazily, folded_shape
 from llmshearing.fold.selection import Selection, Units
-from llmshearing.masks.l0 import selection_from_gates
+from llmshearing.masks.l0 import expected_parameters, selection_from_gates
 
 
 def numel(model):
@@ -118,8 +118,7 @@ def test_folded_model_is_a_plain_transformers_model_of_the_shape(case):
 def expected_with_hard_gates(table, gates):
     """Expected size where every probability is 0 or 1."""
     hard = {kind: (gate != 0).double() for kind, gate in gates.items()}
-    units = {kind: hard[kind].sum(-1) for kind in ("hidden", "head", "intermediate")}
-    return table.expected_parameters(units, {"attention": hard["layer"], "mlp": hard["layer"]}).item()
+    return expected_parameters(table, hard).item()
 
 
 def test_fold_with_gates_of_one_copies_bit_for_bit():

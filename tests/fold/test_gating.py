@@ -364,7 +364,7 @@ def test_attach_refuses_a_table_of_another_model():
 def test_attach_refuses_a_module_that_it_cannot_gate():
     model = random_model(tiny_config())
     model.model.norm = torch.nn.LayerNorm(12, bias=False)
-    with pytest.raises(ShearingError, match="model.norm: no gated form of LayerNorm"):
+    with pytest.raises(ShearingError, match="model.norm: a torch.nn.modules.normalization.LayerNorm"):
         attach(model, table_for(model.config))
 
 

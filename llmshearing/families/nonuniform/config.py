@@ -15,11 +15,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshearing.errors import ShearingError
-
-# Model types of the families that have such a form: those with a table.
-BASES = ("llama", "mistral", "qwen2", "qwen3")
-TYPE, CLASS = "nonuniform_", "NonUniform"
-SIZES = "layer_sizes"
+from llmshearing.families import UNIFORM
+from llmshearing.families.nonuniform.table import CLASS, SIZES, TYPE
 
 
 class LayerConfig:
@@ -57,22 +54,6 @@ class NonUniformConfig(PretrainedConfig):
         return LayerConfig(self, {key: sizes[layer] for key, sizes in self.layer_sizes.items()})
 
 
-def config_with_sizes(config: Mapping[str, Any], sizes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-    """A config of any form with the sizes of every layer: the family's own where they agree, else the non-uniform one.
-
-    Args:
-        sizes: of each layer, key of the config -> value; the same keys for all.
-    """
-    plain = {key: value for key, value in config.items() if key != SIZES}
-    differ = {key: [size[key] for size in sizes] for key in sizes[0] if len({size[key] for size in sizes}) > 1}
-    plain["model_type"] = (TYPE if differ else "") + config["model_type"].removeprefix(TYPE)
-    plain["architectures"] = [
-        (CLASS if differ else "") + name.removeprefix(CLASS) for name in config.get("architectures") or ()
-    ] or None
-    largest = {key: max(size[key] for size in sizes) for key in sizes[0]}
-    return {**plain, **largest, **({SIZES: differ} if differ else {})}
-
-
 def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
     """A config of transformers, by its model_type."""
     return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
@@ -80,7 +61,7 @@ def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
 
 def register() -> None:
     """Make the configs known to `AutoConfig`; the models follow with the first config that is made."""
-    for base in BASES:
+    for base in UNIFORM:
         config = CONFIG_MAPPING[base]
         name = CLASS + config.__name__
         globals()[name] = type(

@@ -6,18 +6,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmshearing.families.nonuniform.config import CLASS, NonUniformConfig
+from llmshearing.families import table_for
+from llmshearing.families.nonuniform.config import NonUniformConfig
+from llmshearing.families.nonuniform.table import CLASS
 
 
 class NonUniformForCausalLM(PreTrainedModel):
-    """Mixed into a family's causal LM, whose decoder is ``self.model.layers``."""
+    """Mixed into a family's causal LM, whose layers are where its table says."""
 
     def __init__(self, config: NonUniformConfig) -> None:
         super().__init__(config)  # layers of the largest size: nothing while loading, which builds on the meta device
-        layer_class = type(self.model.layers[0])
-        self.model.layers = nn.ModuleList(
-            [layer_class(config.of_layer(layer), layer) for layer in range(config.num_hidden_layers)]
-        )
+        path = table_for(config).layers_path
+        parent, _, name = path.rpartition(".")
+        layers = self.get_submodule(path)
+        layer_class = type(layers[0])  # type: ignore[index]
+        own = [layer_class(config.of_layer(layer), layer) for layer in range(len(layers))]  # type: ignore[arg-type]
+        setattr(self.get_submodule(parent), name, nn.ModuleList(own))
         self.post_init()
 
 

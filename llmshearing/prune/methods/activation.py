@@ -82,14 +82,15 @@ def watched(table: Table) -> list[tuple[str, int | None, str, bool]]:
     """(kind, layer, path of a module, whether its input is meant or its output) of every activation that is scored."""
     found = []
     for name, spec, layer in table.instances():
-        path, axis = name.rpartition(".")[0], table.axes[spec.axes[-1]]
-        kind = table.kinds.get(axis.kind or "")
-        if kind is None or not name.endswith(".weight") or spec.alias is not None:
+        path, read = name.rpartition(".")[0], spec.read()
+        if spec.alias is not None or not name.endswith(".weight"):
             continue
-        if kind.rows is None and len(spec.axes) == 1:  # a norm of the residual stream
-            found.append((kind.name, layer, path, False))
-        elif kind.rows is not None and len(spec.axes) == 2 and spec.axes[-1] in spec.gates:
-            found.append((kind.name, layer, path, True))
+        if read is None and spec.module.form.endswith("norm") and spec.axes == ("hidden",):
+            found.append(("hidden", layer, path, False))  # a norm of the residual stream
+        elif isinstance(read, str) and read in spec.gates:
+            kind = table.kinds[table.axes[read].kind or ""]
+            if kind.rows is not None:
+                found.append((kind.name, layer, path, True))
     return found
 
 

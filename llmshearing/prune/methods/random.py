@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import BLOCKS, Kind, Table
-from llmshearing.fold.selection import Selection, Units
+from llmshearing.families.table import Kind, Table
+from llmshearing.fold.selection import Selection, keep_highest, layer_gates
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import WIDTH, Choice, Method
 from llmshearing.prune.targets import rows_to_cut
@@ -95,19 +94,6 @@ def _parts(kind: Kind, tp: int) -> int:
     if tp % rows == 0:
         return tp // rows
     return 1 if rows % tp == 0 else 0
-
-
-def keep_highest(score: Tensor, runs: int, number: int) -> Units:
-    """The ``number`` units of highest score [n] in each of ``runs`` equal runs."""
-    best = score.view(runs, -1).topk(number, dim=-1).indices.sort(dim=-1).values
-    return Units((best + torch.arange(runs)[:, None] * (len(score) // runs)).flatten())
-
-
-def layer_gates(layers: int, drop: Sequence[int] | None) -> dict[str, Tensor]:
-    """Gates [L] of all blocks: 0 at dropped layers, else 1; none where no layer is dropped."""
-    gates = torch.ones(layers)
-    gates[list(drop or ())] = 0.0
-    return dict.fromkeys(BLOCKS, gates) if drop else {}
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

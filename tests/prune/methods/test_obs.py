@@ -79,7 +79,7 @@ def test_each_weight_is_the_least_squares_fit_on_pruned_inputs(target, head_mode
     ids = sequences().select
     for projection in projections(table):
         for layer in range(table.layers if projection.kind.name in choice.selection.units else 0):
-            linear, units = projection.linear(model, layer), choice.selection.units[projection.kind.name][layer].index
+            linear, units = projection.module(model, layer), choice.selection.units[projection.kind.name][layer].index
             kept = (units[:, None] * projection.width + torch.arange(projection.width)).flatten()
             # What it reads depends on the layers before, which are final, and not on itself.
             inputs, old = inputs_of(model, linear, ids), before[projection.name(layer)]

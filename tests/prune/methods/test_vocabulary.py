@@ -24,7 +24,7 @@ from llmshearing.fold.fold import fold
 from llmshearing.prune.methods.vocabulary.method import choose, keep, read_tokenizers
 from llmshearing.prune.methods.vocabulary.write import write_tokenizer
 
-LAB = Path(os.environ.get("LAB", Path(__file__).resolve().parents[3] / "shared" / "lab"))
+LAB = Path(os.environ.get("LAB", Path(__file__).resolve().parents[4] / "shared" / "lab"))
 
 
 @pytest.fixture(scope="module", params=["byte-level", "bpe", "unigram", "lab"])

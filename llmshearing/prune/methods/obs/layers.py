@@ -52,11 +52,14 @@ class Running:
     batch_size: int
     device: torch.device
     room: Callable[[int], Tensor]
-    read: dict[nn.Linear, Tensor] = field(default_factory=dict)
+    read: dict[nn.Module, tuple[Tensor, bool]] = field(default_factory=dict)
 
-    def hessian(self, number: int, linear: nn.Linear) -> Tensor:
-        """2 X X^T [n, n] of what ``linear`` reads inside the current layer, in float32 or wider."""
-        size, dtype = linear.in_features, torch.promote_types(linear.weight.dtype, torch.float32)
+    def hessian(self, number: int, linear: nn.Module, size: int, attention: bool) -> Tensor:
+        """2 X X^T [n, n] of the ``size`` numbers that ``linear`` reads inside the current layer, float32 or wider.
+
+        attention: whether it is the last of an attention, which in transformers also returns its weights.
+        """
+        dtype = torch.promote_types(self.states.dtype, torch.float32)
         total = torch.zeros(size, size, dtype=dtype, device=self.device)
         read = self.room(size)
         for at, place in enumerate(read.split(self.batch_size)):
@@ -66,7 +69,7 @@ class Running:
             for start in range(0, size, COLUMNS):
                 some = rows[:, start : start + COLUMNS]
                 total[start : start + COLUMNS, start:].addmm_(some.t(), rows[:, start:], alpha=2)
-        self.read[linear] = read
+        self.read[linear] = read, attention
         return total.triu_() + total.triu(1).t()
 
     def advance(self, number: int) -> None:
@@ -75,7 +78,7 @@ class Running:
             batch.copy_(self._run(number, at))
         self.read.clear()
 
-    def _until(self, number: int, at: int, linear: nn.Linear) -> Tensor:
+    def _until(self, number: int, at: int, linear: nn.Module) -> Tensor:
         """What ``linear`` reads of a batch; nothing behind it runs."""
         seen: list[Tensor] = []
 
@@ -97,24 +100,26 @@ class Running:
         batch = self.states.split(self.batch_size)[at]
         args, kwargs = self.arguments[len(batch)][number]
         known = {}
-        for linear, read in self.read.items():
-            owner = next(module for module in self.layers[number].modules() if linear in module.children())
-            known[owner] = partial(self._from_read, linear, read.split(self.batch_size)[at], owner)
+        for linear, (read, attention) in self.read.items():
+            layer = self.layers[number]
+            owner = next(module for module in layer.modules() if linear in module.children())
+            if owner is layer:  # the projection has no module of its own around it, whose forward could start there
+                continue
+            known[owner] = partial(self._from_read, linear, read.split(self.batch_size)[at], attention)
         with patched(known):
             return first(self.layers[number](batch.to(self.device), *args, **kwargs))
 
-    def _from_read(self, linear: nn.Linear, read: Tensor, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a module that ends in ``linear`` returns; attention of transformers also returns its weights."""
+    def _from_read(self, linear: nn.Module, read: Tensor, attention: bool, *args: Any, **kwargs: Any) -> Any:
+        """What a module that ends in ``linear`` returns."""
         output = linear(read.to(self.device))
-        return (output, None) if hasattr(owner, "num_key_value_groups") else output
+        return (output, None) if attention else output
 
 
 def hidden_states(
     model: PreTrainedModel, table: Table, calibration: Calibration, count: int, offload: Path | str | None
 ) -> Running:
     """The first ``count`` layers, about to run layer 0. offload: directory for temporary files; None: memory."""
-    prefix = next(spec.name for spec in table.tensors if spec.per_layer).partition("{layer}")[0]
-    layers = list(model.get_submodule(prefix.rstrip(".")))[:count]  # type: ignore[arg-type]
+    layers = list(model.get_submodule(table.layers_path))[:count]  # type: ignore[arg-type]
     sizes = {len(ids): ids for ids in calibration.batches()}  # the last batch may be smaller
     arguments = {size: _record(model, layers, ids)[1] for size, ids in sizes.items()}
     room = partial(_room, calibration.select.shape, model.dtype, offload)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import BLOCKS, Kind, Table, TensorSpec
+from llmshearing.families.names import ATTENTION, BLOCKS
+from llmshearing.families.table import Kind, Table, TensorSpec
 from llmshearing.fold.selection import Selection, Units
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import WIDTH, Choice, Method
@@ -38,7 +39,7 @@ LARGEST, SMALLEST = 1024, 8
 
 @dataclass(frozen=True)
 class Projection:
-    """A tensor whose columns are pruned. width: columns of a unit."""
+    """A tensor whose inputs are pruned. width: inputs of a unit."""
 
     spec: TensorSpec
     kind: Kind
@@ -47,22 +48,31 @@ class Projection:
     def name(self, layer: int) -> str:
         return self.spec.name.format(layer=layer)
 
-    def linear(self, model: nn.Module, layer: int) -> nn.Linear:
-        module = model.get_submodule(self.name(layer).rpartition(".")[0])
-        if not isinstance(module, nn.Linear):
-            raise ShearingError(f"{self.name(layer)}: OBS needs an nn.Linear, this is a {type(module).__name__}")
-        return module
+    def module(self, model: nn.Module, layer: int) -> nn.Module:
+        return model.get_submodule(self.name(layer).rpartition(".")[0])
+
+    def matrix(self, model: nn.Module, layer: int) -> Tensor:
+        """The weight as [out, in], which is a view of it."""
+        weight = model.get_parameter(self.name(layer))
+        return weight if self.spec.reads == 1 else weight.t()
+
+    def inputs(self, model: nn.Module, layer: int) -> int:
+        """How many numbers it reads."""
+        return self.matrix(model, layer).shape[1]
 
 
 def projections(table: Table) -> list[Projection]:
     """The projections that read units of a kind that every layer chooses for itself, in the order of the blocks."""
     found = []
     for spec in sorted(table.tensors, key=lambda spec: BLOCKS.index(spec.block) if spec.block else -1):
-        axis = table.axes[spec.axes[-1]]
-        if spec.scaled and spec.counted and len(spec.axes) == 2 and axis.kind is not None:
-            kind = table.kinds[axis.kind]
-            if kind.rows is not None:
-                found.append(Projection(spec, kind, axis.per_unit))
+        read = spec.read()
+        if not isinstance(read, str) or read not in spec.gates or not spec.counted:
+            continue
+        axis = table.axes[read]
+        if axis.of_expert:
+            raise ShearingError(f"obs does not prune the units of experts ({spec.name}): take another method")
+        if axis.kind is not None and table.kinds[axis.kind].rows is not None:
+            found.append(Projection(spec, table.kinds[axis.kind], axis.per_unit))
     return found
 
 
@@ -102,9 +112,13 @@ def choose(
     for number in tqdm(range(maxlayer), desc="OBS", unit="layer"):
         for projection in projections(table.at_layer(number)):
             if remove := counts.get(projection.kind.name, {}).get(number, 0):
-                linear = projection.linear(model, number)
-                hessian = running.hessian(number, linear)
-                kept[projection.kind.name][number] = _prune(projection, number, linear, hessian, remove, percdamp)
+                hessian = running.hessian(
+                    number,
+                    projection.module(model, number),
+                    projection.inputs(model, number),
+                    attention=projection.spec.block == ATTENTION,
+                )
+                kept[projection.kind.name][number] = _prune(projection, number, model, hessian, remove, percdamp)
         if number + 1 < maxlayer:
             running.advance(number)
     units = {kind: tuple(_units(table, kind, number, kept[kind]) for number in range(table.layers)) for kind in counts}
@@ -142,19 +156,20 @@ def _units(table: Table, name: str, layer: int, kept: Mapping[int, Tensor]) -> U
 
 
 def _prune(
-    projection: Projection, layer: int, linear: nn.Linear, hessian: Tensor, remove: int, percdamp: float
+    projection: Projection, layer: int, model: nn.Module, hessian: Tensor, remove: int, percdamp: float
 ) -> Tensor:
     """Kept units of one tensor, whose weight is changed."""
+    own = projection.matrix(model, layer)
     groups = {"largest": LARGEST, "smallest": SMALLEST} if projection.width == 1 else {}
     try:
         inverse = damped_inverse(hessian, percdamp)
         kept, weight = remove_units(
-            linear.weight.to(hessian), inverse, remove, width=projection.width, rows=projection.kind.rows or 1,
+            own.to(hessian), inverse, remove, width=projection.width, rows=projection.kind.rows or 1,
             **groups,
         )  # fmt: skip
     except ShearingError as error:
         raise ShearingError(f"layer {layer}, {projection.name(layer)}: {error}") from error
-    linear.weight.copy_(weight)
+    own.copy_(weight)
     return kept
 
 

@@ -1,0 +1,70 @@
+"""A family: its table, the names of its sizes, and what of its config describes layers. Plain data, no torch.
+
+A family is one file beside this one, with a FAMILY in it, and a line in the registry (`llmshearing.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
+from llmshearing.families.table import Table
+
+# The keys that most configs of transformers have.
+KEYS = {
+    HIDDEN: "hidden_size",
+    HEADS: "num_attention_heads",
+    GROUPS: "num_key_value_heads",
+    HEAD_DIM: "head_dim",
+    INTERMEDIATE: "intermediate_size",
+    LAYERS: "num_hidden_layers",
+    VOCAB: "vocab_size",
+}
+
+
+def read(config: Any, key: str, default: Any = None) -> Any:
+    """A value of a config, which may be an object of transformers or a mapping from its JSON; None counts as absent."""
+    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    return default if value is None else value
+
+
+def sizes_of(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+    """A model's sizes, None where the config lacks one; KV groups and head_dim by transformers' own defaults."""
+    sizes = {size: read(config, key) for size, key in keys.items()}
+    if sizes.get(GROUPS) is None:
+        sizes[GROUPS] = sizes[HEADS]
+    if sizes.get(HEAD_DIM) is None and sizes[HIDDEN] and sizes[HEADS]:
+        sizes[HEAD_DIM] = sizes[HIDDEN] // sizes[HEADS]
+    return sizes
+
+
+def _nothing(config: Any, kept: list[int]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the package knows of a family of models."""
+
+    name: str
+    """``model_type`` of its configs."""
+    table: Callable[[Any, str], Table]
+    """(config, head mode) -> table. Head mode "group" cuts whole KV groups with their query heads (with multi-head
+    attention: heads); "query" cuts the same number of query heads inside every KV group."""
+    keys: Mapping[str, str]
+    """Size (`families.names`) -> key of the config."""
+    layer_lists: tuple[str, ...] = ("layer_types",)
+    """Keys of the config that list something for each layer."""
+    follow: Callable[[Any, list[int]], dict[str, Any]] = _nothing
+    """(config, kept layers) -> keys that say something of layers otherwise, for the kept ones under new numbers."""
+
+    def sizes(self, config: Any) -> dict[str, int | None]:
+        """See :func:`sizes_of`."""
+        return sizes_of(config, self.keys)
+
+    def kept_config(self, config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
+        """The config's keys that describe layers, for the kept ones; their number too."""
+        lists = {key: [config[key][layer] for layer in kept] for key in self.layer_lists if config.get(key)}
+        return {**lists, **self.follow(config, kept), self.keys[LAYERS]: len(kept)}
