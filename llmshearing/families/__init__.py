@@ -5,12 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from llmshearing.errors import ShearingError
-from llmshearing.families import llama, mistral, qwen2, qwen3
+from llmshearing.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from llmshearing.families.family import Family
 from llmshearing.families.nonuniform.table import TYPE, nonuniform_family
 from llmshearing.families.table import Table
 
-_MODULES = (llama, mistral, qwen2, qwen3)
+_MODULES = (
+    llama, mistral, qwen2, qwen3, gpt_neox, opt, gpt2, phi3, gemma2, gemma3, olmo2, smollm3, granite,
+    mixtral, qwen3_moe,
+)  # fmt: skip
 UNIFORM: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 FAMILIES = UNIFORM | {TYPE + name: nonuniform_family(family) for name, family in UNIFORM.items()}
 DEFAULT = llama.FAMILY

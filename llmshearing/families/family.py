@@ -30,13 +30,18 @@ def read(config: Any, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-def sizes_of(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:
-    """A model's sizes, None where the config lacks one; KV groups and head_dim by transformers' own defaults."""
+def sizes_of(config: Any, keys: Mapping[str, str], mlp_factor: int | None = None) -> dict[str, Any]:
+    """A model's sizes, None where the config lacks one; KV groups and head_dim by transformers' own defaults.
+
+    mlp_factor: intermediate units for each hidden unit, where the config does not say their number.
+    """
     sizes = {size: read(config, key) for size, key in keys.items()}
     if sizes.get(GROUPS) is None:
         sizes[GROUPS] = sizes[HEADS]
     if sizes.get(HEAD_DIM) is None and sizes[HIDDEN] and sizes[HEADS]:
         sizes[HEAD_DIM] = sizes[HIDDEN] // sizes[HEADS]
+    if sizes.get(INTERMEDIATE) is None and mlp_factor is not None and sizes[HIDDEN]:
+        sizes[INTERMEDIATE] = mlp_factor * sizes[HIDDEN]
     return sizes
 
 
@@ -60,9 +65,12 @@ class Family:
     follow: Callable[[Any, list[int]], dict[str, Any]] = _nothing
     """(config, kept layers) -> keys that say something of layers otherwise, for the kept ones under new numbers."""
 
+    mlp_factor: int | None = None
+    """Intermediate units for each hidden unit, where a config does not say their number."""
+
     def sizes(self, config: Any) -> dict[str, int | None]:
         """See :func:`sizes_of`."""
-        return sizes_of(config, self.keys)
+        return sizes_of(config, self.keys, self.mlp_factor)
 
     def kept_config(self, config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
         """The config's keys that describe layers, for the kept ones; their number too."""

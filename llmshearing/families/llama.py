@@ -23,6 +23,7 @@ def rms_norm(cls: str, offset: float = 0.0, eps: str = "variance_epsilon") -> Mo
 
 
 NORM = rms_norm("llama.modeling_llama.LlamaRMSNorm")
+QUERY_GROUPS = query_groups(LAYER + "self_attn")
 
 
 def llama_table(config: Any, head_mode: str = "group", module: Module = NORM) -> Table:
@@ -32,14 +33,19 @@ def llama_table(config: Any, head_mode: str = "group", module: Module = NORM) ->
         config: ``LlamaConfig`` or anything with its attributes. head_mode: see :class:`~.family.Family`.
         module: the class of the norms.
     """
-    rows = (
-        outside(config, module)
-        + [norm(LAYER + "input_layernorm.weight", "hidden", module, gates=("hidden",), block=ATTENTION)]
-        + attention(config)
-        + [norm(LAYER + "post_attention_layernorm.weight", "hidden", module, gates=("hidden",), block=MLP)]
-        + gated_mlp(config)
-    )
-    return decoder_table("llama", config, rows, head_mode, attributes=(query_groups(LAYER + "self_attn"),))
+    rows = [
+        *outside(config, module),
+        stream_norm("input_layernorm", module, ATTENTION),
+        *attention(config),
+        stream_norm("post_attention_layernorm", module, MLP),
+        *gated_mlp(config),
+    ]
+    return decoder_table("llama", config, rows, head_mode, attributes=(QUERY_GROUPS,))
+
+
+def stream_norm(name: str, module: Module, block: str, scaled: bool = False) -> TensorSpec:
+    """A norm of hidden units in a layer; ``scaled``: the last of its branch, so that the branch's gate acts here."""
+    return norm(f"{LAYER}{name}.weight", "hidden", module, gates=("hidden",), block=block, scaled=scaled)
 
 
 def outside(config: Any, module: Module) -> list[TensorSpec]:
@@ -49,18 +55,19 @@ def outside(config: Any, module: Module) -> list[TensorSpec]:
     return ends(embed, final, "lm_head.weight", bool(read(config, "tie_word_embeddings", False)))
 
 
-def attention(config: Any, written: bool = True) -> list[TensorSpec]:
-    """Projections of the attention; ``written``: its output goes to the residual stream as it is (no norm behind)."""
-    out = {"gates": ("hidden", "query"), "scaled": True} if written else {"gates": ("query",)}
+def attention(config: Any, scaled: bool = True) -> list[TensorSpec]:
+    """Projections of the attention; ``scaled``: the branch's gate acts here (not on a norm behind it)."""
     rows = [
         linear(ATTN + "q_proj.weight", "query", "hidden", block=ATTENTION),
         linear(ATTN + "k_proj.weight", "kv", "hidden", block=ATTENTION),
         linear(ATTN + "v_proj.weight", "kv", "hidden", block=ATTENTION),
-        linear(ATTN + "o_proj.weight", "hidden", "query", block=ATTENTION, **out),
+        linear(
+            ATTN + "o_proj.weight", "hidden", "query", gates=("hidden", "query"), block=ATTENTION, scaled=scaled
+        ),
     ]
     if read(config, "attention_bias", False):
         rows += query_key_value_biases()
-        rows.append(bias(ATTN + "o_proj.bias", "hidden", block=ATTENTION, **_of_bias(written)))
+        rows.append(bias(ATTN + "o_proj.bias", "hidden", gates=("hidden",), block=ATTENTION, scaled=scaled))
     return rows
 
 
@@ -70,26 +77,21 @@ def query_key_value_biases() -> list[TensorSpec]:
     return [bias(f"{ATTN}{name}_proj.bias", axis, block=ATTENTION) for name, axis in axes]
 
 
-def gated_mlp(config: Any, written: bool = True) -> list[TensorSpec]:
-    """Projections of the MLP; ``written`` as of :func:`attention`."""
-    mlp = LAYER + "mlp."
-    out = {"gates": ("hidden", "intermediate"), "scaled": True} if written else {"gates": ("intermediate",)}
+def gated_mlp(config: Any, scaled: bool = True) -> list[TensorSpec]:
+    """Projections of the MLP; ``scaled`` as of :func:`attention`."""
+    mlp, both = LAYER + "mlp.", ("hidden", "intermediate")
     rows = [
         linear(mlp + "gate_proj.weight", "intermediate", "hidden", block=MLP),
         linear(mlp + "up_proj.weight", "intermediate", "hidden", block=MLP),
-        linear(mlp + "down_proj.weight", "hidden", "intermediate", block=MLP, **out),
+        linear(mlp + "down_proj.weight", "hidden", "intermediate", gates=both, block=MLP, scaled=scaled),
     ]
     if read(config, "mlp_bias", False):
         rows += [
             bias(mlp + "gate_proj.bias", "intermediate", block=MLP),
             bias(mlp + "up_proj.bias", "intermediate", block=MLP),
-            bias(mlp + "down_proj.bias", "hidden", block=MLP, **_of_bias(written)),
+            bias(mlp + "down_proj.bias", "hidden", gates=("hidden",), block=MLP, scaled=scaled),
         ]
     return rows
-
-
-def _of_bias(written: bool) -> dict[str, Any]:
-    return {"gates": ("hidden",), "scaled": True} if written else {}
 
 
 FAMILY = Family("llama", llama_table, KEYS)

@@ -15,7 +15,23 @@ from typing import Any
 
 from llmshearing.families.family import KEYS, sizes_of
 from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
-from llmshearing.families.table import LINEAR, Attribute, Axis, Kind, Table, TensorSpec, linear
+from llmshearing.families.table import (
+    LAYER_NORM,
+    LINEAR,
+    Attribute,
+    Axis,
+    Coupling,
+    Dimension,
+    Kind,
+    Table,
+    TensorSpec,
+    axes_of,
+    bias,
+    linear,
+    norm,
+)
+
+HEAD_WIDTH = Coupling("hidden", "query", "a head of this family is as wide as hidden units / heads")
 
 
 def decoder_table(
@@ -25,14 +41,16 @@ def decoder_table(
     head_mode: str = "group",
     keys: Mapping[str, str] = KEYS,
     minimum: int = 0,
+    mlp_factor: int | None = None,
     **more: Any,
 ) -> Table:
     """A table of these rows, with the kinds, axes and config keys of a decoder.
 
     Args:
-        minimum: heads that each row needs. more: further fields of the table.
+        minimum: heads that each row needs. mlp_factor: see :func:`~.family.sizes_of`. more: further fields of the
+            table.
     """
-    sizes = sizes_of(config, keys)
+    sizes = sizes_of(config, keys, mlp_factor)
     return Table(
         family=family,
         layers=sizes[LAYERS],
@@ -92,6 +110,27 @@ def ends(embed: TensorSpec, final: Sequence[TensorSpec], head: str, tied: bool) 
         return [embed, *final, replace(embed, name=head, alias=embed.name, reads=1, writes=0, module=LINEAR)]
     gated = [replace(spec, gates=("hidden",), rescale=0.0) for spec in final]
     return [embed, *gated, linear(head, "vocab", "hidden", counted=False)]
+
+
+def layer_norm(name: str, **row: Any) -> list[TensorSpec]:
+    """Weight and bias of an ``nn.LayerNorm`` of hidden units."""
+    return [norm(f"{name}.{part}", "hidden", LAYER_NORM, **row) for part in ("weight", "bias")]
+
+
+def projection(name: str, out: Dimension, read: Dimension, biased: bool, **row: Any) -> list[TensorSpec]:
+    """Weight and, where it has one, bias of an ``nn.Linear``; the bias carries the gates of what is written."""
+    weight = linear(f"{name}.weight", out, read, **row)
+    return [weight, bias(f"{name}.bias", out, **bias_row(out, row))] if biased else [weight]
+
+
+def bias_row(out: Dimension, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a weight's row holds for its bias."""
+    return {**row, "gates": tuple(axis for axis in row.get("gates", ()) if axis in axes_of(out))}
+
+
+def with_axes(table: Table, axes: Mapping[str, Axis], **more: Any) -> Table:
+    """The table with further axes, and with other values of some fields."""
+    return replace(table, axes={**table.axes, **axes}, **more)
 
 
 def query_groups(attention: str) -> Attribute:

@@ -236,6 +236,8 @@ class Table:
     couplings: tuple[Coupling, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
     """Sizes that cannot be cut in this model -> why."""
+    mirrors: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the config that repeat another key -> that key."""
     layer_tuple: bool = False
     """Whether a decoder layer returns a tuple."""
     of_layer: tuple[Table, ...] = ()

@@ -398,4 +398,6 @@ def folded_config(config: Mapping[str, Any], table: Table, selection: Selection)
         raise ShearingError("\n".join(problems))
     # No longer hidden / heads: written out.
     head_dim = {table.head_dim_key: table.head_dim} if table.head_dim_key else {}
-    return config_with_sizes({**config, **family_of(table.family).kept_config(config, kept), **head_dim}, sizes)
+    values = {**config, **family_of(table.family).kept_config(config, kept), **head_dim}
+    values = config_with_sizes(values, sizes)
+    return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}

@@ -63,8 +63,13 @@ class Gating:
         return values if self.selection is None else gather_columns(values, self._cuts[name])
 
     def padding(self, name: str) -> int:
-        """How many elements of the last dimension of the tensor of this name are 0, there to round their number up."""
-        return 0 if self.selection is None else self._cuts[name].parts[-1].padding
+        """How many hidden units that a norm of this name reads are 0, there to round their number up.
+
+        Other units that are closed and kept, such as heads, are not 0 where a norm reads them: it counts them.
+        """
+        if self.selection is None or self.table.by_name[name][0].axes != ("hidden",):
+            return 0
+        return self._cuts[name].parts[-1].padding
 
     def layer_is_open(self, layer: int) -> bool:
         return self.selection is None or self.selection.layer_is_open(layer)

@@ -1,0 +1,22 @@
+"""The Granite family's table (GraniteForCausalLM of transformers): LLaMA's.
+
+Its multipliers of embeddings, branches, attention and logits stay in the config: none depends on a size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmshearing.families.family import KEYS, Family
+from llmshearing.families.llama import like_llama, llama_table, rms_norm
+from llmshearing.families.table import Table
+
+NORM = rms_norm("granite.modeling_granite.GraniteRMSNorm")
+
+
+def granite_table(config: Any, head_mode: str = "group") -> Table:
+    """Table of a Granite."""
+    return like_llama(llama_table(config, head_mode, NORM), "granite")
+
+
+FAMILY = Family("granite", granite_table, KEYS)
