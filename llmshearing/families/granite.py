@@ -5,6 +5,7 @@ Its multipliers of embeddings, branches, attention and logits stay in the config
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmshearing.families.family import KEYS, Family
@@ -16,7 +17,7 @@ NORM = rms_norm("granite.modeling_granite.GraniteRMSNorm")
 
 def granite_table(config: Any, head_mode: str = "group") -> Table:
     """Table of a Granite."""
-    return like_llama(llama_table(config, head_mode, NORM), "granite")
+    return replace(like_llama(llama_table(config, head_mode, NORM), "granite"), layer_tuple=True)
 
 
 FAMILY = Family("granite", granite_table, KEYS)

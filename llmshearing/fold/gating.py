@@ -214,10 +214,14 @@ class GatedLayer(_Gated):
     layer: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tuples = self.gating.table.layer_tuple
         if self.gating.layer_is_open(self.layer):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            if isinstance(output, tuple) != tuples:  # the model would take a batch's first sequence for its states
+                raise ShearingError(f"layer {self.layer} returns a {type(output).__name__}; layer_tuple is {tuples}")
+            return output
         passed = _ZeroGradients.apply(hidden_states, *self.parameters())  # type: ignore[attr-defined]
-        return (passed,) if self.gating.table.layer_tuple else passed
+        return (passed,) if tuples else passed
 
 
 class _ZeroGradients(torch.autograd.Function):
