@@ -2,7 +2,15 @@
 
 import torch
 from helpers_oracle import random_model, tiny_config
-from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from llmshearing.prune.methods import Calibration
 
@@ -40,6 +48,9 @@ def config_of(family, **changes):
     if family == "mixtral":
         return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
     del sizes["intermediate_size"], sizes["num_key_value_heads"]
+    if family == "bloom":  # has no table
+        layers, heads = sizes.pop("num_hidden_layers"), sizes.pop("num_attention_heads")
+        return BloomConfig(n_layer=layers, n_head=heads, **{**sizes, "pad_token_id": 0})
     return OPTConfig(ffn_dim=10, word_embed_proj_dim=16, **{**sizes, "pad_token_id": 0})
 
 

@@ -166,7 +166,7 @@ save_folder: save_dir
     assert cfg.model.attn_implementation == "flash_attention_2"
     assert cfg.seed == 17 and cfg.run_name is None and cfg.callbacks.memory_monitor == {}
     target = target_shape(cfg)
-    assert target is not None and target.num_attention_heads == target.num_key_value_heads == 20
+    assert target is not None and target.heads == target.groups == 20
 
 
 def test_run_name_from_the_launchers_environment(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,17 +464,17 @@ def test_grouped_queries_cut_groups_or_heads_inside_groups(
         return
     cfg = load_config(path)
     target = target_shape(cfg)
-    assert target is not None and target.num_attention_heads == heads and target.hidden_size == 64
+    assert target is not None and target.heads == heads and target.hidden == 64
     if head_mode(cfg) == "query":
-        assert target.num_key_value_heads == groups and heads < groups * per_group
+        assert target.groups == groups and heads < groups * per_group
     else:
-        assert heads == target.num_key_value_heads * per_group
+        assert heads == target.groups * per_group
 
 
 def test_groups_alone_name_the_heads(good: Path) -> None:
     cfg = load_config(good, ["model.n_kv_heads=4", f"{TARGET}.n_heads=null", f"{TARGET}.n_kv_heads=3"])
     target = target_shape(cfg)
-    assert target is not None and (target.num_attention_heads, target.num_key_value_heads) == (6, 3)
+    assert target is not None and (target.heads, target.groups) == (6, 3)
 
 
 HF = {

@@ -35,7 +35,7 @@ def test_every_yaml_dry_runs(path: Path, capsys: pytest.CaptureFixture[str], mon
     assert main([str(path), "--dry-run", "model.path=not/here"]) == 0
     output = capsys.readouterr().out
     shape = source_shape(load_config(path))
-    assert shape is not None and f"'hidden_size': {shape.hidden_size}" in output
+    assert shape is not None and f"'hidden_size': {shape.hidden}" in output
     assert f"max_duration: {load_config(path).max_duration}" in output
 
 

@@ -1,4 +1,4 @@
-"""Imports point one way: train -> training, prune -> checkpoints -> masks -> fold, data -> families; config: leaf."""
+"""Imports point one way: train -> training, prune -> checkpoints -> masks -> fold, data -> families; config."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors"},
-    {"files", "config"},
-    {"families", "storage"},
+    {"files", "families"},
+    {"config", "storage"},
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},

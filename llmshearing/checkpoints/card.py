@@ -66,7 +66,8 @@ def tokenizer_of(info: CheckpointInfo) -> str | None:
 
 def _shape(info: CheckpointInfo) -> str:
     table = table_for(info.config)
-    shape = {**table.shape(), "head_dim": table.config_axes["num_attention_heads"][1], "parameters": table.count()}
+    head_dim = {table.head_dim_key: table.head_dim} if table.head_dim_key else {}
+    shape = {**table.shape(), **head_dim, "parameters": table.count()}
     shown = {key: f"{value:,}" for key, value in shape.items()}
     shown |= {key: ", ".join(map(str, sizes)) for key, sizes in info.hf_config.get(SIZES, {}).items()}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from llmshearing.errors import ShearingError
-from llmshearing.families import table_for
+from llmshearing.families import DEFAULT, table_for
+from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
 from llmshearing.families.table import Table
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import Archive, LazyTensor, LazyTensors, lazily, open_archive, write_torch_file
@@ -29,7 +30,7 @@ from llmshearing.storage.archive import is_sharded
 LATEST = "latest-rank0.pt"
 WEIGHTS, MASKS, INFO = "model.", "masks.", "CheckpointInfo"
 # What a file without CheckpointInfo does not tell and its reader must.
-SHAPE_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+NEEDED = (HIDDEN, HEADS, LAYERS, INTERMEDIATE)
 
 
 @dataclass(frozen=True)
@@ -208,15 +209,15 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
         if wrong := [key for key, kinds in _INFO_TYPES.items() if not isinstance(getattr(info, key), kinds)]:
             raise ShearingError(f"{file}: {', '.join(wrong)} in its CheckpointInfo is not what it should be")
         return info
-    missing = [key for key in SHAPE_KEYS if key not in foreign]
+    missing = [DEFAULT.keys[size] for size in NEEDED if DEFAULT.keys[size] not in foreign]
     if missing:
         raise ShearingError(
             f"{file} has no CheckpointInfo (another program wrote it), so its shape must be given on the command line; "
-            f"missing: {' '.join(f'{key}=' for key in missing)} (and vocab_size=, num_key_value_heads= and whatever "
-            "else differs from the defaults of LlamaConfig)"
+            f"missing: {' '.join(f'{key}=' for key in missing)} (and {DEFAULT.keys[VOCAB]}=, {DEFAULT.keys[GROUPS]}= "
+            f"and whatever else differs from the defaults of a {DEFAULT.name} config)"
         )
     try:
-        config = AutoConfig.for_model(**{"model_type": "llama", **foreign})
+        config = AutoConfig.for_model(**{"model_type": DEFAULT.name, **foreign})
     except (TypeError, ValueError) as error:
         raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
     return CheckpointInfo(config.to_dict(), history=[f"read {file.name}, which does not tell how it was made"])

@@ -118,7 +118,8 @@ def write_hf_directory(
     once = {name: entries[name] for name, spec, _ in table.instances() if spec.alias is None}
     config.dtype = wanted or Counter(value.dtype for value in once.values()).most_common(1)[0][0]
     config.architectures = config.architectures or [model_class(config)]
-    config.head_dim = table.config_axes["num_attention_heads"][1]
+    if table.head_dim_key:
+        setattr(config, table.head_dim_key, table.head_dim)
     with new_directory(directory, overwrite) as folder:
         _write_shards({name: _cast(value, wanted) for name, value in once.items()}, folder, max_shard_size)
         config.save_pretrained(folder)

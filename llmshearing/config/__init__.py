@@ -7,12 +7,10 @@ across keys, `load` the reading.
 from llmshearing.config.checks import target_problems
 from llmshearing.config.load import ConfigError, all_keys, load_config, to_yaml
 from llmshearing.config.schema import MASK_KINDS, Config, L0Module, TargetModel
-from llmshearing.config.shapes import COMPARED, HF_NAMES, Shape, head_mode, source_shape, target_shape
+from llmshearing.config.shapes import Shape, complete, disagreements, head_mode, source_shape, target_shape
 from llmshearing.config.values import TimeValue, parse_time
 
 __all__ = [
-    "COMPARED",
-    "HF_NAMES",
     "MASK_KINDS",
     "Config",
     "ConfigError",
@@ -21,6 +19,8 @@ __all__ = [
     "TargetModel",
     "TimeValue",
     "all_keys",
+    "complete",
+    "disagreements",
     "head_mode",
     "load_config",
     "parse_time",

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from math import isclose
 
 from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
-from llmshearing.config.shapes import COMPARED, HF_NAMES, Shape, source_problems, source_shape, target_shape
+from llmshearing.config.shapes import FACTS, Shape, source_problems, source_shape, target_shape
 from llmshearing.config.values import parse_time
+from llmshearing.families.names import BLOCK_MASKS, BLOCKS, LAYERS, MASK_OF_SIZE, YAML_KEYS
 
 Check = Callable[[Config], Iterator[str]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
-MASK_OF_AXIS = {"d_model": "hidden", "n_heads": "head", "n_kv_heads": "head", "intermediate_size": "intermediate"}
 TARGET = "model.l0_module.target_model"
 
 
@@ -249,7 +249,7 @@ def check_masks(cfg: Config) -> Iterator[str]:
         yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
 
 
-@reads("model.path", "model.l0_module", *(f"model.{key}" for key in COMPARED))
+@reads("model.path", "model.l0_module", *(f"model.{key}" for key in (*YAML_KEYS.values(), *FACTS)))
 def check_shapes(cfg: Config) -> Iterator[str]:
     """The source's shape, and the target's where both are known."""
     problems = list(source_problems(cfg))
@@ -267,16 +267,18 @@ def target_problems(cfg: Config, source: Shape) -> Iterator[str]:
     l0 = cfg.model.l0_module
     if l0 is None or l0.target_model is None:
         return
-    given = {key: size for key in HF_NAMES if (size := getattr(l0.target_model, key)) is not None}
+    given = {size: number for size, key in YAML_KEYS.items() if (number := getattr(l0.target_model, key)) is not None}
     if not given:
-        yield f"{TARGET} names no size: give d_model, n_heads, n_layers or intermediate_size"
-    for key, size in given.items():
-        old = getattr(source, HF_NAMES[key])
-        if key in ("head_dim", "vocab_size") and size != old:
-            yield f"{TARGET}.{key} = {size}: must be the source's {old}, it is not pruned in training"
-        elif size > old:
-            yield f"{TARGET}.{key} = {size} is larger than the source's {old}"
-    if any(size > getattr(source, HF_NAMES[key]) for key, size in given.items()):
+        yield f"{TARGET} names no size: give {', '.join(YAML_KEYS[size] for size in (*MASK_OF_SIZE, LAYERS))}"
+    for size, number in given.items():
+        old, key = getattr(source, size), YAML_KEYS[size]
+        if old is None:
+            yield f"{TARGET}.{key} = {number}: the source has none"
+        elif size not in (*MASK_OF_SIZE, LAYERS) and number != old:
+            yield f"{TARGET}.{key} = {number}: must be the source's {old}, it is not pruned in training"
+        elif number > old:
+            yield f"{TARGET}.{key} = {number} is larger than the source's {old}"
+    if any(number > (getattr(source, size) or 0) for size, number in given.items()):
         return
     try:
         target = target_shape(cfg, source)
@@ -291,14 +293,14 @@ def _untrained(l0: L0Module, source: Shape, target: Shape) -> Iterator[str]:
     """Axes that the target shrinks without a mask that could."""
     modules = f"model.l0_module.pruning_modules = {l0.pruning_modules}"
     reported: set[str] = set()
-    for key, mask in MASK_OF_AXIS.items():
-        old, new = getattr(source, HF_NAMES[key]), getattr(target, HF_NAMES[key])
-        if new < old and mask not in l0.pruning_modules and mask not in reported:
+    for size, mask in MASK_OF_SIZE.items():
+        old, new, key = getattr(source, size), getattr(target, size), YAML_KEYS[size]
+        if old is not None and new < old and mask not in l0.pruning_modules and mask not in reported:
             reported.add(mask)
             yield f"{TARGET}.{key} = {new} shrinks the source's {old}, which needs the mask {mask} in {modules}"
-    layers = {"layer"} <= set(l0.pruning_modules) or {"head_layer", "mlp"} <= set(l0.pruning_modules)
-    if target.num_hidden_layers < source.num_hidden_layers and not layers:
+    gated = {block for mask in l0.pruning_modules for block in BLOCK_MASKS.get(mask, ())}
+    if target.layers < source.layers and gated < set(BLOCKS):
         yield (
-            f"{TARGET}.n_layers = {target.num_hidden_layers} shrinks the source's {source.num_hidden_layers}, which "
+            f"{TARGET}.n_layers = {target.layers} shrinks the source's {source.layers}, which "
             f"needs the mask layer, or head_layer and mlp, in {modules}"
         )

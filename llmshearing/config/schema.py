@@ -20,8 +20,9 @@ from llmshearing.config.values import (
     parse_subset,
     time,
 )
+from llmshearing.families.names import MASKS
 
-MASK_KINDS = ("hidden", "head", "intermediate", "layer", "head_layer", "mlp")
+MASK_KINDS = MASKS
 FREE_MAPPING = dict[str, Any]
 
 
@@ -38,7 +39,9 @@ class TargetModel:
     n_layers: int | None = count(None)
     """Layers."""
     intermediate_size: int | None = count(None)
-    """Units between the MLP's projections."""
+    """Units between the MLP's projections, or between each expert's."""
+    n_experts: int | None = count(None)
+    """Experts of each layer, where the source has some."""
     head_dim: int | None = count(None)
     """Legacy: must be the source's, heads are never made narrower."""
     vocab_size: int | None = count(None)
@@ -55,7 +58,7 @@ class L0Module:
         default_factory=lambda: ["head", "intermediate", "hidden", "layer"],
         metadata={"parse": parse_subset(*MASK_KINDS)},
     )
-    """Mask kinds to train: hidden, head, intermediate, and layer or (apart) head_layer and mlp."""
+    """Mask kinds to train: hidden, head, intermediate, expert, and layer or (apart) head_layer and mlp."""
     target_model: TargetModel | None = None
     """Shape to reach exactly."""
     target_sparsity: float | None = number(None, low=0, high=1)
@@ -95,7 +98,9 @@ class Model:
     n_layers: int | None = count(None)
     """Layers."""
     intermediate_size: int | None = count(None)
-    """Units between the MLP's projections."""
+    """Units between the MLP's projections, or between each expert's."""
+    n_experts: int | None = count(None)
+    """Experts of each layer that has some."""
     head_dim: int | None = count(None)
     """Width of one head; d_model / n_heads where left out."""
     vocab_size: int | None = count(None)

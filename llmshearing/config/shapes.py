@@ -1,44 +1,38 @@
 """Shapes of the source and of the target, from the configuration and the source's `config.json`. No torch.
 
-Grouped queries: `queries per group = num_attention_heads / num_key_value_heads`. A target cuts either whole groups
-(`group`: queries per group stay) or the same number of query heads inside every group (`query`: groups stay).
+Sizes go by the names of `llmshearing.families.names`. The model's family says which key of a `config.json` each one is.
+What fewer heads mean with grouped queries is said in `llmshearing.families.heads`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmshearing.config.schema import Config, TargetModel
+from llmshearing.families import DEFAULT, FAMILIES
+from llmshearing.families.family import Family
+from llmshearing.families.heads import complete_heads, head_modes, why_not
+from llmshearing.families.names import EXPERTS, GROUPS, HEAD_DIM, HEADS, HIDDEN, YAML_KEYS
+
+OPTIONAL = (GROUPS, HEAD_DIM, EXPERTS)
+FACTS = ("rms_norm_eps", "rope_theta", "tie_word_embeddings")
+"""Keys of the YAML, besides sizes, that are held against a `config.json` of the same key."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, in transformers' names."""
+    """Sizes of a model. experts: in each layer that has some; None in a model without."""
 
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    hidden: int
+    heads: int
+    groups: int
     head_dim: int
-    intermediate_size: int
-    num_hidden_layers: int
-    vocab_size: int
-
-
-HF_NAMES = {
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "vocab_size": "vocab_size",
-}
-"""Shape keys of the YAML and their names in a `config.json`."""
-
-COMPARED = HF_NAMES | {key: key for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings")}
-OPTIONAL = ("n_kv_heads", "head_dim")
+    intermediate: int
+    layers: int
+    vocab: int
+    experts: int | None = None
 
 
 def read_hf_config(path: str) -> dict[str, Any] | None:
@@ -55,30 +49,48 @@ def read_hf_config(path: str) -> dict[str, Any] | None:
     return content
 
 
-def _complete(sizes: dict[str, int | None]) -> Shape:
-    """A Shape from the YAML's names, with the defaults of transformers for `n_kv_heads` and `head_dim`."""
-    known = {key: size for key, size in sizes.items() if size is not None}
-    known.setdefault("n_kv_heads", known["n_heads"])
-    known.setdefault("head_dim", known["d_model"] // known["n_heads"])
-    return Shape(**{HF_NAMES[key]: size for key, size in known.items()})
+def family_in(hf: Mapping[str, Any] | None) -> Family:
+    """The family of a `config.json`; the default one where nothing is known of the model but its sizes.
+
+    A model type without a table is refused where the source is read.
+    """
+    return FAMILIES.get((hf or {}).get("model_type") or DEFAULT.name, DEFAULT)
+
+
+def complete(sizes: Mapping[str, int | None]) -> Shape:
+    """A Shape, with the defaults of transformers for groups and head_dim."""
+    known = {size: number for size, number in sizes.items() if number is not None}
+    known.setdefault(GROUPS, known[HEADS])
+    known.setdefault(HEAD_DIM, known[HIDDEN] // known[HEADS])
+    return Shape(**known)
 
 
 def _sizes(cfg: Config) -> dict[str, int | None]:
-    """The source's sizes by the YAML's names: from the `config.json` where there is one, else from the keys."""
+    """The source's sizes: from the `config.json` where there is one, else from the YAML's keys."""
     try:
         hf = read_hf_config(cfg.model.path)
     except ValueError:
         hf = None  # source_problems reports it
     if hf is not None:
-        return {key: hf.get(name) for key, name in HF_NAMES.items()}
-    return {key: getattr(cfg.model, key) for key in HF_NAMES}
+        family = family_in(hf)
+        return {size: hf.get(key) for size, key in family.keys.items()} | _filled(family, hf)
+    return {size: getattr(cfg.model, key) for size, key in YAML_KEYS.items()}
+
+
+def _filled(family: Family, hf: Mapping[str, Any]) -> dict[str, int | None]:
+    """What a family's models are made with where a `config.json` leaves a size out (but for the optional ones)."""
+    try:
+        sizes = family.sizes(hf)
+        return {size: sizes[size] for size, key in family.keys.items() if size not in OPTIONAL and hf.get(key) is None}
+    except (TypeError, ZeroDivisionError):
+        return {}  # sizes that are no numbers, or 0: source_problems reports them
 
 
 def source_shape(cfg: Config) -> Shape | None:
     """Shape of `model.path`, or None where only the weights can tell (a `.pt` or a name, without shape keys)."""
     sizes = _sizes(cfg)
-    needed = [size for key, size in sizes.items() if key not in OPTIONAL]
-    return None if None in needed or not sizes["n_heads"] else _complete(sizes)
+    needed = [number for size, number in sizes.items() if size not in OPTIONAL]
+    return None if None in needed or not sizes[HEADS] else complete(sizes)
 
 
 def source_problems(cfg: Config) -> Iterator[str]:
@@ -89,65 +101,48 @@ def source_problems(cfg: Config) -> Iterator[str]:
         yield f"model.path = {cfg.model.path}: {error}"
         return
     if hf is not None:
-        yield from _disagreements(cfg, hf)
+        yield from disagreements(cfg, hf, f"{cfg.model.path}/config.json")
     sizes = _sizes(cfg)
-    missing = [key for key, size in sizes.items() if size is None and key not in OPTIONAL]
-    given = [key for key, size in sizes.items() if size is not None]
+    missing = [size for size, number in sizes.items() if number is None and size not in OPTIONAL]
+    given = [size for size, number in sizes.items() if number is not None]
     if missing and hf is not None:
-        yield f"model.path = {cfg.model.path}: its config.json lacks {', '.join(HF_NAMES[k] for k in missing)}"
+        keys = ", ".join(family_in(hf).keys[size] for size in missing)
+        yield f"model.path = {cfg.model.path}: its config.json lacks {keys}"
     elif missing and (given or (cfg.model.l0_module is not None and not cfg.model.path.endswith(".pt"))):
-        keys = ", ".join(f"model.{key}" for key in missing)
+        keys = ", ".join(f"model.{YAML_KEYS[size]}" for size in missing)
         yield f"missing key {keys}: {cfg.model.path} has no config.json here, so the source's whole shape is needed"
     if not missing:
         yield from _indivisible(sizes)
 
 
-def _disagreements(cfg: Config, hf: dict[str, Any]) -> Iterator[str]:
-    actual = dict(hf)
-    if hf.get("num_attention_heads"):
-        actual.setdefault("num_key_value_heads", hf["num_attention_heads"])
-        actual.setdefault("head_dim", hf.get("hidden_size", 0) // hf["num_attention_heads"])
-    for key, name in COMPARED.items():
-        ours, theirs = getattr(cfg.model, key), actual.get(name)
+def disagreements(cfg: Config, hf: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Keys of the YAML that contradict the source's config, which ``where`` holds."""
+    family = family_in(hf)
+    try:
+        actual = family.sizes(hf)
+    except (TypeError, ZeroDivisionError):
+        actual = {}
+    for size, key in YAML_KEYS.items():
+        ours, theirs, name = getattr(cfg.model, key), actual.get(size), family.keys.get(size, size)
         if ours is not None and theirs is not None and ours != theirs:
-            yield f"model.{key} = {ours}, but {cfg.model.path}/config.json has {name} = {theirs}; leave the key out"
+            yield f"model.{key} = {ours}, but {where} has {name} = {theirs}; leave the key out"
+    for key in FACTS:
+        ours, theirs = getattr(cfg.model, key), hf.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            yield f"model.{key} = {ours}, but {where} has {key} = {theirs}; leave the key out"
 
 
-def _indivisible(sizes: dict[str, int | None]) -> Iterator[str]:
-    hidden, heads = sizes["d_model"] or 0, sizes["n_heads"] or 1
-    kv = sizes["n_kv_heads"] or heads
-    if heads % kv:
-        yield f"model.n_heads = {heads} is not divisible by model.n_kv_heads = {kv}: every group needs as many heads"
-    if sizes["head_dim"] is None and hidden % heads:
+def _indivisible(sizes: Mapping[str, int | None]) -> Iterator[str]:
+    hidden, heads = sizes[HIDDEN] or 0, sizes[HEADS] or 1
+    groups = sizes.get(GROUPS) or heads
+    if heads % groups:
+        yield f"model.n_heads = {heads} is not divisible by model.n_kv_heads = {groups}: each group needs as many heads"
+    if sizes.get(HEAD_DIM) is None and hidden % heads:
         yield f"model.d_model = {hidden} is not divisible by model.n_heads = {heads}: give model.head_dim"
 
 
 def _target_model(cfg: Config) -> TargetModel | None:
     return cfg.model.l0_module.target_model if cfg.model.l0_module is not None else None
-
-
-def target_heads(target: TargetModel, source: Shape) -> tuple[int, int]:
-    """(query heads, KV groups) of the target. Raises ValueError where no way of cutting gives them."""
-    per_group = source.num_attention_heads // source.num_key_value_heads
-    heads, kv = target.n_heads, target.n_kv_heads
-    prefix = "model.l0_module.target_model."
-    if heads is None:
-        kv = kv or source.num_key_value_heads
-        return kv * per_group, kv
-    if kv is None:
-        if heads % per_group == 0:
-            return heads, heads // per_group
-        raise ValueError(
-            f"{prefix}n_heads = {heads} is not divisible by the {per_group} query heads of a KV group: give a multiple "
-            f"(whole groups are cut), or n_kv_heads = {source.num_key_value_heads} to cut heads inside every group"
-        )
-    if heads == kv * per_group or (kv == source.num_key_value_heads and heads % kv == 0):
-        return heads, kv
-    raise ValueError(
-        f"{prefix}n_heads = {heads} with n_kv_heads = {kv}: the source has {source.num_attention_heads} heads in "
-        f"{source.num_key_value_heads} groups; either cut whole groups (n_heads = {kv * per_group} for n_kv_heads = "
-        f"{kv}), or keep n_kv_heads = {source.num_key_value_heads} with n_heads a multiple of it"
-    )
 
 
 def target_shape(cfg: Config, source: Shape | None = None) -> Shape | None:
@@ -158,22 +153,20 @@ def target_shape(cfg: Config, source: Shape | None = None) -> Shape | None:
     target, source = _target_model(cfg), source or source_shape(cfg)
     if target is None or source is None:
         return None
-    heads, kv = target_heads(target, source)
-    return replace(
-        source,
-        hidden_size=target.d_model or source.hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        intermediate_size=target.intermediate_size or source.intermediate_size,
-        num_hidden_layers=target.n_layers or source.num_hidden_layers,
-    )
+    given = {size: number for size, key in YAML_KEYS.items() if (number := getattr(target, key)) is not None}
+    counts = source.heads, source.groups
+    heads, groups = complete_heads(given.get(HEADS), given.get(GROUPS), counts, keep_groups=False)
+    if not head_modes(heads, groups, counts):
+        names = YAML_KEYS[HEADS], YAML_KEYS[GROUPS]
+        raise ValueError(f"model.l0_module.target_model.{why_not(heads, groups, counts, names)}")
+    return replace(source, **{**given, HEADS: heads, GROUPS: groups})
 
 
-def head_mode(cfg: Config, source: Shape | None = None) -> Literal["group", "query"]:
+def head_mode(cfg: Config, source: Shape | None = None) -> str:
     """What the `head` mask cuts: whole KV groups (also plain heads), or query heads inside every group."""
     source = source or source_shape(cfg)
     target = target_shape(cfg, source)
     if source is None or target is None:
         return "group"
-    same_groups = target.num_key_value_heads == source.num_key_value_heads
-    return "query" if same_groups and target.num_attention_heads < source.num_attention_heads else "group"
+    modes = head_modes(target.heads, target.groups, (source.heads, source.groups))
+    return "group" if "group" in modes else "query"

@@ -382,6 +382,18 @@ def folded_sizes(table: Table, selection: Selection) -> dict[int, dict[str, int]
     }  # fmt: skip
 
 
+def config_of_shape(config: Mapping[str, Any], table: Table, shape: Mapping[str, int]) -> dict[str, Any]:
+    """A config of another shape (in its own keys), with as many layers as that says, whichever they are."""
+    kept = list(range(shape[table.layers_key]))
+    values = {**config, **family_of(table.family).kept_config(config, kept), **_head_dim(table), **shape}
+    return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}
+
+
+def _head_dim(table: Table) -> dict[str, int]:
+    """The width of a head, written out: no longer hidden / heads."""
+    return {table.head_dim_key: table.head_dim} if table.head_dim_key else {}
+
+
 def folded_config(config: Mapping[str, Any], table: Table, selection: Selection) -> dict[str, Any]:
     """The folded model's config, of the source's: its shape, head_dim (never cut), and what describes the kept layers.
 
@@ -396,8 +408,6 @@ def folded_config(config: Mapping[str, Any], table: Table, selection: Selection)
     problems = {say: None for size in sizes for say in table.shape_problems({**size, table.layers_key: len(kept)})}
     if problems:
         raise ShearingError("\n".join(problems))
-    # No longer hidden / heads: written out.
-    head_dim = {table.head_dim_key: table.head_dim} if table.head_dim_key else {}
-    values = {**config, **family_of(table.family).kept_config(config, kept), **head_dim}
+    values = {**config, **family_of(table.family).kept_config(config, kept), **_head_dim(table)}
     values = config_with_sizes(values, sizes)
     return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}

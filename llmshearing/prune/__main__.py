@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             method.name,
             help=method.help,
-            description=f"{method.help}. Can change: {', '.join(method.keys)}.",
+            description=f"{method.help}. Can change: {', '.join(method.sizes)}.",
             epilog=EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmshearing.families.names import HIDDEN, LAYERS, WIDTHS
 from llmshearing.fold.selection import Selection
 
-WIDTH = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+ALL_SIZES = (HIDDEN, *WIDTHS, LAYERS)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Method:
     choose: Callable[..., Choice]
     help: str
     """One line."""
-    keys: tuple[str, ...]
-    """Keys of the target that it can change."""
-    ratio_keys: tuple[str, ...] = WIDTH
-    """Keys that a ratio spreads over: widths, or ("num_hidden_layers",), or ("vocab_size",)."""
+    sizes: tuple[str, ...]
+    """Sizes (`llmshearing.families.names`) that it can change."""
+    ratio: tuple[str, ...] = WIDTHS
+    """Sizes that a ratio spreads over: widths, or layers, or the vocabulary."""
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
     """Declares its own options; their destinations are keyword arguments of ``choose``."""
     needs_calibration: Callable[[Mapping[str, Any]], bool] = lambda options: True

@@ -5,8 +5,8 @@
     {"drop_layers": [2, 5]}
     {"ratio": 0.25}        a quarter fewer block parameters (or layers, or vocabulary, if the method cuts those)
 
-Keys that are absent stay. With grouped queries, fewer key-value heads cut whole groups; fewer attention heads alone cut
-the same number of query heads inside every group.
+Keys are those of the model's config; the names that most configs have stand for a family's own. Keys that are absent
+stay. What fewer heads mean with grouped queries is said in `llmshearing.families.heads`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import Kind, Table
-from llmshearing.prune.method import WIDTH, Method
+from llmshearing.families.family import KEYS
+from llmshearing.families.heads import complete_heads, head_modes, why_not
+from llmshearing.families.names import GROUPS, HEADS, INTERMEDIATE, WIDTHS
+from llmshearing.families.table import Kind, Table, axes_of
+from llmshearing.prune.method import Method
 
 DROP, RATIO = "drop_layers", "ratio"
-HEADS, GROUPS, INTERMEDIATE = WIDTH
+FAIR = 0.5  # of its share, that attention or MLP keeps at least before whole groups give way to single query heads
 # Of all layers, or of each layer of the source.
 Size = int | list[int]
 
@@ -64,33 +67,35 @@ def joined(shapes: Sequence[Mapping[str, int]]) -> dict[str, Size]:
     return {key: size if len(set(size)) > 1 else size[0] for key, size in sizes.items()}
 
 
-def resolve_target(wanted: Mapping[str, Any], table: Table, method: Method) -> Target:
+def resolve_target(asked_for: Mapping[str, Any], table: Table, method: Method) -> Target:
     """The whole target shape.
 
     Args:
-        wanted: as a user gave it; see above. table: the source's, in any head mode.
+        asked_for: as a user gave it; see above. table: the source's, in any head mode.
 
     Raises:
         ShearingError: listing every key that is unknown, that the method cannot change, or whose value does not fit;
             or the target is the source's own shape.
     """
     source = [table.at_layer(layer).shape() for layer in range(table.layers)]
+    wanted: dict[str, Any] = own_keys(asked_for, table)
     known = {*source[0], DROP, RATIO}
     problems = [
         f"target key {key} is unknown; there are {', '.join(sorted(known))}" for key in wanted if key not in known
     ]
     if RATIO in wanted and not problems:
         problems += [f"{RATIO} cannot be combined with {', '.join(set(wanted) - {RATIO})}"] if len(wanted) > 1 else []
-        wanted = {} if problems else from_ratio(wanted[RATIO], table, method)
-    can = {*method.keys, DROP} if table.layers_key in method.keys else {*method.keys}
+        wanted = {} if problems else {**from_ratio(wanted[RATIO], table, method)}
+    can = [table.keys[size] for size in method.sizes if size in table.keys]
+    can += [DROP] if table.layers_key in can else []
     problems += [
-        f"method {method.name} does not change {key}, only {', '.join(method.keys)}"
+        f"method {method.name} does not change {key}, only {', '.join(key for key in can if key != DROP)}"
         for key in wanted
         if key in known and key not in can
     ]
     for key in wanted:
         if key in source[0]:
-            problems += _size(key, wanted[key], [shape[key] for shape in source])
+            problems += _size(key, wanted[key], [shape[key] for shape in source], key in table.widths)
     problems += _drop_problems(wanted, table)
     if problems:
         raise ShearingError("\n".join(problems))
@@ -98,21 +103,30 @@ def resolve_target(wanted: Mapping[str, Any], table: Table, method: Method) -> T
     layers = [{**shape, **own} for shape, own in zip(source, asked, strict=True)]
     if DROP in wanted:
         layers = [{**shape, table.layers_key: table.layers - len(wanted[DROP])} for shape in layers]
-    head_mode = fill_heads(layers, source, wanted)
+    head_mode = fill_heads(layers, source, wanted, table.keys)
+    if misfits := {say: None for shape in layers for say in table.shape_problems(shape)}:
+        raise ShearingError("\n".join(misfits))
     if layers == source:
         own = joined(source)
         raise ShearingError(f"the target is the source's own shape, {own}; ask for less on at least one axis")
     return Target(joined(layers), head_mode, wanted.get(DROP))
 
 
-def _size(key: str, value: Any, source: Sequence[int]) -> list[str]:
-    """Problems of one value. source: its size in each layer."""
-    by_layer = value if isinstance(value, list) and key in WIDTH else [value] * len(source)
+def own_keys(wanted: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """A target with the family's own keys in place of those that most configs have (`n_embd` for `hidden_size`)."""
+    common = {key: table.keys[size] for size, key in KEYS.items() if size in table.keys}
+    own = {*table.keys.values()}
+    return {key if key in own else common.get(key, key): value for key, value in wanted.items()}
+
+
+def _size(key: str, value: Any, source: Sequence[int], is_width: bool) -> list[str]:
+    """Problems of one value. source: its size in each layer. is_width: whether each layer may have its own."""
+    by_layer = value if isinstance(value, list) and is_width else [value] * len(source)
     fits = len(by_layer) == len(source) and all(
         isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= own
         for size, own in zip(by_layer, source, strict=True)
     )
-    each = f", or a list of {len(source)} such numbers, one for each layer" if key in WIDTH else ""
+    each = f", or a list of {len(source)} such numbers, one for each layer" if is_width else ""
     most = str(min(source)) if len(set(source)) == 1 else f"own size in every layer, {list(source)}"
     return [] if fits else [f"target {key} = {value}: must be a whole number from 1 to the source's {most}{each}"]
 
@@ -130,61 +144,145 @@ def _drop_problems(wanted: Mapping[str, Any], table: Table) -> list[str]:
     return []
 
 
-def fill_heads(layers: list[dict[str, int]], source: Sequence[Mapping[str, int]], wanted: Mapping[str, Any]) -> str:
+def fill_heads(
+    layers: list[dict[str, int]],
+    source: Sequence[Mapping[str, int]],
+    wanted: Mapping[str, Any],
+    keys: Mapping[str, str],
+) -> str:
     """Complete the head counts of every layer's shape in place; the head mode.
 
     Raises:
         ShearingError: the counts cannot be reached by cutting whole groups, or the same number inside every group.
     """
+    if GROUPS not in keys:
+        return "group"
     modes = {"group", "query"}
-    for number, (shape, own) in enumerate(zip(layers, source, strict=True) if HEADS in source[0] else ()):
-        modes &= _fill_layer(shape, own, wanted, f" of layer {number}" if len(set(map(str, layers))) > 1 else "")
+    for number, (shape, own) in enumerate(zip(layers, source, strict=True)):
+        where = f" of layer {number}" if len(set(map(str, layers))) > 1 else ""
+        modes &= _fill_layer(shape, own, wanted, keys, where)
     if not modes:
-        raise ShearingError(f"target {HEADS}: some layers cut whole groups, others heads inside them; do one first")
+        raise ShearingError(
+            f"target {keys[HEADS]}: some layers cut whole groups, others heads inside them; do one first"
+        )
     return "group" if "group" in modes else "query"
 
 
-def _fill_layer(shape: dict[str, int], source: Mapping[str, int], wanted: Mapping[str, Any], where: str) -> set[str]:
+def _fill_layer(
+    shape: dict[str, int], source: Mapping[str, int], wanted: Mapping[str, Any], keys: Mapping[str, str], where: str
+) -> set[str]:
     """Complete one layer's head counts in place; the head modes that reach them."""
-    repeat = source[HEADS] // source[GROUPS]
-    if GROUPS not in wanted and repeat == 1:
-        shape[GROUPS] = shape[HEADS]
-    elif HEADS not in wanted:
-        shape[HEADS] = shape[GROUPS] * repeat
-    heads, groups = shape[HEADS], shape[GROUPS]
-    reach = {"group": heads == groups * repeat, "query": groups == source[GROUPS] and heads % groups == 0}
-    if any(reach.values()):
-        return {mode for mode, does in reach.items() if does}
-    raise ShearingError(
-        f"target {HEADS} = {heads} with {GROUPS} = {groups} cannot be cut from {source[HEADS]} and {source[GROUPS]}"
-        f"{where}: cut whole groups ({repeat} attention heads for each key-value head), or keep {source[GROUPS]} "
-        f"key-value heads and a multiple of {source[GROUPS]} attention heads"
-    )
+    of, in_groups = keys[HEADS], keys[GROUPS]
+    counts = source[of], source[in_groups]
+    given = (shape[of] if of in wanted else None), (shape[in_groups] if in_groups in wanted else None)
+    heads, groups = shape[of], shape[in_groups] = complete_heads(*given, counts, keep_groups=True)
+    modes = head_modes(heads, groups, counts)
+    if not modes:
+        raise ShearingError(f"target{where} {why_not(heads, groups, counts, (of, in_groups))}")
+    return modes
 
 
 def from_ratio(ratio: Any, table: Table, method: Method) -> dict[str, Size]:
     """The target that a ratio means: that part of the block parameters away (or of what else the method cuts).
 
-    In every layer whole groups of heads are cut to the nearest number, then intermediate units to meet the parameters.
+    In every layer heads are cut, whole groups or the same number inside each, then intermediate units to meet the
+    parameters.
+
+    Raises:
+        ShearingError: the ratio is no part, or no widths of a layer meet it.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise ShearingError(f"{RATIO} = {ratio}: must be a number above 0 and below 1, the part to remove")
-    if method.ratio_keys != WIDTH:
-        return {key: max(1, round(table.shape()[key] * (1 - ratio))) for key in method.ratio_keys}
-    return joined([_narrower(table.at_layer(layer), ratio) for layer in range(table.layers)])
+    if method.ratio != WIDTHS:
+        return {table.keys[size]: max(1, round(table.shape()[table.keys[size]] * (1 - ratio))) for size in method.ratio}
+    return joined(_narrower(table, ratio))
 
 
-def _narrower(table: Table, ratio: float) -> dict[str, int]:
-    """Width of a layer less a part of its parameters."""
-    source = table.shape()
-    repeat = source[HEADS] // source[GROUPS]
-    groups = max(1, round(source[GROUPS] * (1 - ratio)))
-    attention, mlp = _block_parameters(table, "attention"), _block_parameters(table, "mlp")
-    left = (1 - ratio) * (attention + mlp) - attention * groups / source[GROUPS]
-    intermediate = min(source[INTERMEDIATE], max(1, round(left / mlp * source[INTERMEDIATE])))
-    return {HEADS: groups * repeat, GROUPS: groups, INTERMEDIATE: intermediate}
+@dataclass(frozen=True)
+class _Width:
+    """One layer's way to a ratio. balance: the smaller of what attention and MLP keep, in parts of what they should."""
+
+    shape: dict[str, int]
+    balance: float
 
 
-def _block_parameters(table: Table, block: str) -> int:
-    """Counted parameters of one layer's block."""
-    return sum(math.prod(table.tensor_shape(spec)) for spec in table.tensors if spec.block == block and spec.counted)
+def _narrower(table: Table, ratio: float) -> list[dict[str, int]]:
+    """Widths of every layer less a part of its parameters.
+
+    Whole groups go where both branches then keep at least FAIR of their share in every layer. Where groups are too few
+    for that, the MLP would pay for the attention: query heads inside the groups go instead.
+    """
+    ways: dict[str, list[_Width]] = {}
+    problems: list[str] = []
+    for mode, counts in (("group", _group_counts), ("query", _query_counts)):
+        found = [_best(table, layer, ratio, counts(table.at_layer(layer))) for layer in range(table.layers)]
+        problems += [way for way in found if isinstance(way, str)]
+        if not any(isinstance(way, str) for way in found):
+            ways[mode] = [way for way in found if isinstance(way, _Width)]
+    if not ways:
+        raise ShearingError(f"{RATIO} = {ratio}: {problems[0]}")
+    fairness = {mode: min(way.balance for way in found) for mode, found in ways.items()}
+    chosen = "group" if fairness.get("group", 0.0) >= FAIR else max(fairness, key=fairness.__getitem__)
+    return [way.shape for way in ways[chosen]]
+
+
+def _best(table: Table, layer: int, ratio: float, counts: Sequence[Mapping[str, int]]) -> _Width | str:
+    """A layer's widths with the number of heads nearest to its share; or what stands against all of them."""
+    here = table.at_layer(layer)
+    source, key = here.shape(), here.keys[INTERMEDIATE]
+    whole = layer_parameters(table, layer, source)
+    bare = layer_parameters(table, layer, {**source, key: 0})
+    unit = (whole - bare) / source[key]
+    best: _Width | None = None
+    fewest = whole
+    for heads in counts:
+        attention = layer_parameters(table, layer, {**source, **heads, key: 0})
+        wanted = ((1 - ratio) * whole - attention) / unit
+        number = min(source[key], max(1, round(wanted)))
+        fewest = min(fewest, round(attention + unit))
+        if abs(number - wanted) <= 0.5 + 1e-9:  # else no number of intermediate units makes up for these heads
+            balance = min(attention / bare, number / source[key]) / (1 - ratio)
+            if best is None or balance > best.balance:
+                best = _Width({**heads, key: number}, balance)
+    if best is None:
+        return (
+            f"layer {layer} cannot lose that part of its {whole:,} parameters. With one intermediate unit and the "
+            f"fewest heads {fewest / whole:.1%} of them are left; cut hidden units or layers too"
+        )
+    return best
+
+
+def _group_counts(table: Table) -> list[dict[str, int]]:
+    """Numbers of heads in whole groups that a layer can be cut to by itself."""
+    source, keys = table.shape(), table.keys
+    heads = source[keys[HEADS]]
+    groups = source[keys[GROUPS]] if GROUPS in keys else heads
+    each = heads // groups
+    return _possible(table, [(number * each, number) for number in range(groups, 0, -1)])
+
+
+def _query_counts(table: Table) -> list[dict[str, int]]:
+    """Numbers of heads, the same inside every group, that a layer can be cut to by itself."""
+    source, keys = table.shape(), table.keys
+    if GROUPS not in keys:
+        return []
+    groups = source[keys[GROUPS]]
+    return _possible(table, [(number * groups, groups) for number in range(source[keys[HEADS]] // groups, 0, -1)])
+
+
+def _possible(table: Table, counts: Sequence[tuple[int, int]]) -> list[dict[str, int]]:
+    keys = table.keys
+    shapes = [{keys[HEADS]: heads, **({keys[GROUPS]: groups} if GROUPS in keys else {})} for heads, groups in counts]
+    return [shape for shape in shapes if not table.shape_problems({**table.shape(), **shape})]
+
+
+def layer_parameters(table: Table, layer: int, shape: Mapping[str, int]) -> int:
+    """Counted parameters of one layer in a shape (in the config's keys)."""
+    here = table.at_layer(layer)
+    lengths = {name: axis.length for name, axis in here.axes.items()}
+    lengths |= {axis: shape[key] * per for key, (axis, per) in here.config_axes.items()}
+    return sum(
+        math.prod(sum(lengths[axis] for axis in axes_of(dimension)) for dimension in spec.axes)
+        for spec in here.tensors
+        if spec.per_layer and spec.counted and (spec.layers is None or layer in spec.layers)
+    )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.checkpoints.hf_read import load_hf_model
-from llmshearing.config import COMPARED, Config, Shape, head_mode, source_shape, target_problems, target_shape
+from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
+from llmshearing.config.shapes import FACTS
 from llmshearing.errors import ShearingError
-from llmshearing.families import table_for
+from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
+from llmshearing.families.names import HEAD_DIM
+from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
+from llmshearing.fold.fold import config_of_shape
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
@@ -37,8 +40,7 @@ class Source:
         """Parameters of the model of the target's shape, embeddings and all."""
         if self.target is None:
             return None
-        small = type(self.config).from_dict({**self.config.to_dict(), **self.target})
-        return table_for(small).count()
+        return table_for(config_of(config_of_shape(self.config.to_dict(), self.table, self.target))).count()
 
 
 def read_source(cfg: Config) -> Source:
@@ -55,13 +57,18 @@ def read_source(cfg: Config) -> Source:
             f"llmshearing.utils.post_pruning_processing prune_and_save_model {cfg.model.path}"
         )
     hf_config = _hf_config(cfg, checkpoint)
-    shape = _shape_of(hf_config)
-    if problems := [*_disagreements(cfg, hf_config), *target_problems(cfg, shape)]:
+    table = table_for(hf_config)
+    shape = complete(table.sizes())
+    if problems := [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]:
         raise ShearingError("\n".join(problems))
     mode = head_mode(cfg, shape)
     target = None
     if (wanted := target_shape(cfg, shape)) is not None:
-        target = {key: value for key, value in asdict(wanted).items() if key != "head_dim"}
+        sizes = asdict(wanted)
+        target = {key: sizes[size] for size, key in table.keys.items() if size != HEAD_DIM}
+        target = {key: number for key, number in {**table.shape(), **target}.items() if number is not None}
+        if problems := table.shape_problems(target):
+            raise ShearingError("model.l0_module.target_model: " + "\n".join(problems))
     return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint)
 
 
@@ -72,13 +79,12 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(cfg.model.path)
     elif (shape := source_shape(cfg)) is not None:
         # The weights are elsewhere (a recipe looked at on a laptop): the YAML's keys say the shape.
-        optional = {key: getattr(cfg.model, key) for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings")}
-        given = {key: value for key, value in optional.items() if value is not None}
-        config = LlamaConfig(**asdict(shape), **given, max_position_embeddings=cfg.max_seq_len)
+        facts = {key: getattr(cfg.model, key) for key in FACTS}
+        sizes = {DEFAULT.keys[size]: number for size, number in asdict(shape).items() if size in DEFAULT.keys}
+        given = {**sizes, **{key: value for key, value in facts.items() if value is not None}}
+        config = AutoConfig.for_model(DEFAULT.name, **given, max_position_embeddings=cfg.max_seq_len)
     else:
         config = _from_hub(cfg.model.path)
-    if getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 
@@ -87,19 +93,6 @@ def _from_hub(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ShearingError(f"model.path = {name}: no such directory, checkpoint or model: {error}") from None
-
-
-def _disagreements(cfg: Config, config: PretrainedConfig) -> Iterator[str]:
-    """Keys of the YAML that contradict a checkpoint; for a Hugging Face directory `load_config` has looked."""
-    for key, name in COMPARED.items():
-        ours, theirs = getattr(cfg.model, key), getattr(config, name, None)
-        if ours is not None and theirs is not None and ours != theirs:
-            yield f"model.{key} = {ours}, but {cfg.model.path} has {name} = {theirs}; leave the key out"
-
-
-def _shape_of(config: PretrainedConfig) -> Shape:
-    fields = {key: getattr(config, key) for key in Shape.__dataclass_fields__}
-    return Shape(**fields)
 
 
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:

@@ -40,7 +40,7 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_table_is_the_state_dict_s(family, tied):
     model = model_of(family, tie_word_embeddings=tied)

@@ -1,5 +1,7 @@
 """Targets: shapes, layers by number and ratios -> whole shapes; every problem named at once."""
 
+import math
+
 import pytest
 from helpers_oracle import tiny_config
 from hypothesis import given
@@ -51,16 +53,62 @@ def test_dropped_layers_set_the_number():
     assert target.shape["num_hidden_layers"] == 2 and target.drop_layers == [1]
 
 
-@given(st.floats(0.05, 0.9), st.sampled_from([1, 2, 4]), st.integers(8, 300))
-def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit(ratio, groups, intermediate):
-    config = tiny_config(num_key_value_heads=groups, intermediate_size=intermediate)
+def parts(table):
+    """Counted parameters of a model's attention and of its MLP."""
+    return [
+        sum(
+            math.prod(table.tensor_shape(spec, layer))
+            for _, spec, layer in table.instances()
+            if spec.block == block and spec.counted
+        )
+        for block in ("attention", "mlp")
+    ]
+
+
+@given(st.floats(0.05, 0.9), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]), st.integers(8, 300))
+def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit_or_is_refused(
+    ratio, groups, each, intermediate
+):
+    config = tiny_config(
+        num_attention_heads=groups * each, num_key_value_heads=groups, intermediate_size=intermediate
+    )
     table = table_for(config)
-    shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
-    left = table_for(tiny_config(**{**shape})).count(counted_only=True)
     wanted = (1 - ratio) * table.count(counted_only=True)
     unit = 3 * config.hidden_size * config.num_hidden_layers
-    at_the_edge = shape["intermediate_size"] in (1, intermediate)
-    assert abs(left - wanted) <= unit / 2 + 1e-6 or at_the_edge
+    try:
+        shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
+    except ShearingError as error:
+        if "source's own shape" in str(error):
+            assert ratio * table.count(counted_only=True) <= unit
+            return
+        # No shape of one or more heads and units is near enough: the smallest of all is larger, or heads jump past.
+        assert "cannot lose that part" in str(error)
+        smallest = table_for(tiny_config(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1))
+        assert smallest.count(counted_only=True) > wanted - unit / 2 or groups * each > 1
+        return
+    left = table_for(tiny_config(**shape)).count(counted_only=True)
+    assert abs(left - wanted) <= unit / 2 + 1e-6
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 1), (16, 2), (9, 3)])
+def test_a_ratio_is_shared_by_attention_and_mlp(ratio, heads, groups):
+    """Few KV groups do not make the MLP pay: query heads inside the groups go too (the case of one unit a layer)."""
+    config = tiny_config(
+        hidden_size=64, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8, intermediate_size=160
+    )
+    table = table_for(config)
+    shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
+    small = table_for(tiny_config(**{"hidden_size": 64, "head_dim": 8, **shape}))
+    left = [after / before for after, before in zip(parts(small), parts(table), strict=True)]
+    assert max(left) <= 2.5 * (1 - ratio) and min(left) >= 0.4 * (1 - ratio), left
+    assert small.count(counted_only=True) / table.count(counted_only=True) == pytest.approx(1 - ratio, abs=0.01)
+
+
+def test_a_ratio_that_no_widths_meet_is_refused_with_what_is_left():
+    table = table_for(tiny_config(num_attention_heads=1, num_key_value_heads=1, intermediate_size=2))
+    with pytest.raises(ShearingError, match="ratio = 0.9: layer 0 cannot lose that part.*are left"):
+        resolve_target({"ratio": 0.9}, table, RANDOM)
 
 
 def test_a_ratio_of_layers():

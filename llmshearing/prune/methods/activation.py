@@ -23,7 +23,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
 from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.methods.depth import block_influence, drop_least, narrowed
 from llmshearing.prune.targets import rows_to_cut
 
@@ -119,5 +119,5 @@ METHOD = Method(
     name="activation",
     choose=choose,
     help="most active units (Minitron), width before depth",
-    keys=("hidden_size", *WIDTH, "num_hidden_layers"),
+    sizes=ALL_SIZES,
 )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
 from llmshearing.fold.selection import Selection, layer_gates
@@ -185,8 +186,8 @@ METHOD = Method(
     name="depth",
     choose=choose,
     help="whole layers: a window by perplexity, greedy by loss, by block influence, or given ones",
-    keys=("num_hidden_layers",),
-    ratio_keys=("num_hidden_layers",),
+    sizes=(LAYERS,),
+    ratio=(LAYERS,),
     add_options=_add_options,
     needs_calibration=_needs_calibration,
     any_decoder=True,

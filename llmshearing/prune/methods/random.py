@@ -17,7 +17,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families.table import Kind, Table
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
 from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.targets import rows_to_cut
 
 
@@ -111,7 +111,7 @@ METHOD = Method(
     name="random",
     choose=choose,
     help="seeded random units on every axis, layers by number or random",
-    keys=("hidden_size", *WIDTH, "num_hidden_layers"),
+    sizes=ALL_SIZES,
     add_options=_add_options,
     needs_calibration=_needs_calibration,
 )

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.names import ATTENTION, BLOCKS
+from llmshearing.families.names import ATTENTION, BLOCKS, WIDTHS
 from llmshearing.families.table import Kind, Table, TensorSpec
 from llmshearing.fold.selection import Selection, Units
 from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.method import WIDTH, Choice, Method
+from llmshearing.prune.method import Choice, Method
 from llmshearing.prune.methods.obs.layers import hidden_states
 from llmshearing.prune.methods.obs.linalg import damped_inverse, remove_units
 from llmshearing.prune.methods.obs.plan import STRATEGIES, UNIFORM, check_options, layer_counts
@@ -134,7 +134,7 @@ def _counts(
     Raises:
         ShearingError: the target cuts something else, or ratios that rise with depth meet sizes that differ already.
     """
-    other = [key for key, size in target.items() if key not in WIDTH and size != table.shape()[key]]
+    other = [key for key, size in target.items() if key not in table.widths and size != table.shape()[key]]
     if other:
         raise ShearingError(f"obs cannot change {', '.join(other)}: prune these by another method before or after")
     counts = {}
@@ -193,6 +193,6 @@ METHOD = Method(
     name="obs",
     choose=choose,
     help="least error after compensation, layer by layer (SlimGPT); changes the weights that stay",
-    keys=WIDTH,
+    sizes=WIDTHS,
     add_options=_add_options,
 )

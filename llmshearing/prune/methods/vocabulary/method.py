@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from llmshearing.data.text.codec import Codec
 from llmshearing.data.text.frequencies import Agreement, Frequencies, compare, count_tokens, documents
 from llmshearing.errors import ShearingError
+from llmshearing.families.names import VOCAB
 from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection, Units
 from llmshearing.prune.calibration import Calibration
@@ -34,7 +35,7 @@ from llmshearing.prune.methods.vocabulary.write import added_ids, write_tokenize
 
 log = logging.getLogger(__name__)
 
-KIND, KEY = "vocab", "vocab_size"
+KIND = "vocab"
 
 
 def choose(
@@ -66,9 +67,10 @@ def choose(
     named = added.union(*map(ids_of, configs))
     if outside := sorted(number for number in named if number >= size):
         raise ShearingError(f"the configs of {directory} name token ids {outside}; the vocabulary has {size}")
-    must_stay(target[KEY], tokenizers, named)  # before the corpus is counted
+    wanted = target[table.keys[VOCAB]]
+    must_stay(wanted, tokenizers, named)  # before the corpus is counted
     found = _frequencies(directory, size, corpus, frequencies, corpus_field, processes)
-    kept = keep(target[KEY], tokenizers, found.counts, named)
+    kept = keep(wanted, tokenizers, found.counts, named)
     new = {old: rank for rank, old in enumerate(kept)}
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(directory, new, Path(folder))
@@ -150,8 +152,8 @@ def must_stay(size: int, tokenizers: Sequence[Tokens], named: set[int]) -> set[i
     kept = {part for number in wanted for part in _parts(number, tokenizers)}
     if size < len(kept):
         raise ShearingError(
-            f"target {KEY} = {size} is below what must stay, {len(kept)}: special, user-defined and byte tokens, "
-            "single characters, and what these are merged from"
+            f"target vocab_size = {size} is below what must stay, {len(kept)}: special, user-defined and byte "
+            "tokens, single characters, and what these are merged from"
         )
     return kept
 
@@ -230,8 +232,8 @@ METHOD = Method(
     name="vocabulary",
     choose=choose,
     help="most frequent tokens of a corpus, and what they are merged from",
-    keys=(KEY,),
-    ratio_keys=(KEY,),
+    sizes=(VOCAB,),
+    ratio=(VOCAB,),
     add_options=_add_options,
     needs_calibration=lambda options: False,
 )
