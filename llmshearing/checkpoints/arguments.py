@@ -16,7 +16,7 @@ LABEL = "_name_or_path"
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["hidden_size=64", "tokenizer=dir"]` -> values as YAML reads them.
+    """`["vocab_size=64", "tokenizer=dir"]` -> values as YAML reads them.
 
     Raises:
         ShearingError: listing every argument that is no `key=value`, or given twice.
@@ -26,7 +26,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            problems.append(f"argument {pair!r} must be key=value, such as hidden_size=2048")
+            problems.append(f"argument {pair!r} must be key=value, such as vocab_size=32000")
         elif key in values:
             problems.append(f"{key} is given twice")
         else:

@@ -23,8 +23,8 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
     parser = _parser(
         "composer_to_hf",
         "Composer checkpoint -> Hugging Face directory, or Hugging Face directory or name -> Composer checkpoint.",
-        "out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/Llama-2-7b-hf\n"
-        "meta-llama/Llama-2-7b-hf models/Llama-2-7b-composer/state_dict.pt",
+        "out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/source\n"
+        "models/source out/state_dict.pt",
     )
     parser.add_argument("source", help="checkpoint file (or its directory), or Hugging Face directory or name")
     parser.add_argument("destination", help="directory to write, or .pt file")
@@ -33,7 +33,7 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         metavar="key=value",
         help="dtype=float32|float16|bfloat16 (default: as stored), tokenizer=DIR, model_class=, _name_or_path=; any "
-        "other key (hidden_size=, ...) is checked against the model's config and may be left out",
+        "other key (vocab_size=, ...) is checked against the model's config and may be left out",
     )
     parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
@@ -57,7 +57,7 @@ def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
         "post_pruning_processing",
         "Fold the checkpoint of a pruning run into the compact model, pruned-<checkpoint> beside it.",
         "prune_and_save_model out/latest-rank0.pt\n"
-        "prune_and_save_model out/latest-rank0.pt hidden_size=2048 --output out/compact.pt",
+        "prune_and_save_model out/latest-rank0.pt vocab_size=32000 --output out/compact.pt",
     )
     parser.add_argument("command", choices=["prune_and_save_model"])
     parser.add_argument("model_path", help="checkpoint file, or its directory")
@@ -95,7 +95,7 @@ def test_composer_hf_eq(argv: Sequence[str] | None = None) -> int:
     parser = _parser(
         "test_composer_hf_eq",
         "Compare the log-probabilities and the tensors of a Hugging Face model and a Composer checkpoint.",
-        "meta-llama/Llama-2-7b-hf models/Llama-2-7b-composer/state_dict.pt",
+        "models/source out/state_dict.pt",
     )
     parser.add_argument("hf", help="Hugging Face directory or name")
     parser.add_argument("checkpoint", help="checkpoint file, or its directory")

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Keys of the command line that set something; every other one states a fact, which is checked.
 SETTABLE = ("model_class", "dtype", "tokenizer")
-# Old LLaMA checkpoints hold this, which is computed from the config; transformers leaves it out of account too.
+# Old checkpoints hold this, which is computed from the config; transformers leaves it out of account too.
 COMPUTED = "rotary_emb.inv_freq"
 
 

@@ -45,7 +45,7 @@ def checkpoint_to_hf(
     """Composer checkpoint -> Hugging Face directory.
 
     Args:
-        given: facts to check against the checkpoint (hidden_size, ...); or model_class, dtype (float32, float16,
+        given: facts to check against the checkpoint (vocab_size, ...); or model_class, dtype (float32, float16,
             bfloat16; default: as stored), tokenizer (directory, file or name), _name_or_path (the model's name).
 
     Raises:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llmshearing.data.inspect",
         description="Show the MDS directories of prepared data and decode samples.",
-        epilog="example: python -m llmshearing.data.inspect data/llama2 --samples 1 --tokenizer models/Llama-2-7b-hf",
+        epilog="example: python -m llmshearing.data.inspect data/mds --samples 1 --tokenizer models/source",
     )
     parser.add_argument(
         "directory", type=Path, help="output of llmshearing.data.prepare, or a folder of MDS directories"

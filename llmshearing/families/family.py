@@ -23,6 +23,11 @@ KEYS = {
     VOCAB: "vocab_size",
 }
 
+COMMON_LAYERS = KEYS[LAYERS]
+"""What the number of layers is called in a model of which nothing else is known."""
+EXAMPLE = {KEYS[HIDDEN]: 192, KEYS[HEADS]: 6, KEYS[INTERMEDIATE]: 512}
+"""A target, for help texts."""
+
 
 def read(config: Any, key: str, default: Any = None) -> Any:
     """A value of a config, which may be an object of transformers or a mapping from its JSON; None counts as absent."""

@@ -6,7 +6,8 @@ Every dimension of a tensor is [rows, units of a row, elements of a unit], and r
     query          [groups_l, repeat_l, head_dim]    ->  [max groups, max repeat, head_dim]
     kv             [1, 1, groups_l head_dim]         ->  [1, 1, max groups head_dim]
 
-Units that read zeros or are multiplied by zeros add nothing: those of down_proj's and o_proj's new columns.
+Units that read zeros, or are multiplied by zeros, add nothing: such are the new inputs of the projections out of the
+branches.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import yaml
 
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.errors import ShearingError
+from llmshearing.families.family import EXAMPLE
 from llmshearing.prune.methods import METHODS
 from llmshearing.prune.run import prune
 from llmshearing.prune.sequences import SequenceOptions
@@ -22,12 +23,12 @@ from llmshearing.prune.targets import DROP, RATIO
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   python -m llmshearing.prune random --model models/source --output out/random \\
-      --target hidden_size=192 num_attention_heads=6 intermediate_size=512 --tp 2
+      --target {' '.join(f'{key}={size}' for key, size in EXAMPLE.items())} --tp 2
   python -m llmshearing.prune activation --model models/source --output out/narrow --ratio 0.25 --calibration data/mds
   python -m llmshearing.prune depth --model out/narrow --output out/small --drop_layers 3 4
-  python -m llmshearing.prune depth --model facebook/opt-125m --output out/opt --delete_layer_num 2 \\
+  python -m llmshearing.prune depth --model models/other --output out/other --delete_layer_num 2 \\
       --model_decoder_layers model.decoder.layers --calibration text.txt
 """
 
@@ -112,7 +113,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ShearingError(f"target {path} is no key=value, and cannot be read as a file: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ShearingError(f"target {path} must hold keys and values, such as {json.dumps({'hidden_size': 192})}")
+        raise ShearingError(f"target {path} must hold keys and values, such as {json.dumps(EXAMPLE)}")
     return loaded
 
 

@@ -27,6 +27,7 @@ from llmshearing.checkpoints.hf_read import load_hf_model, looks_local
 from llmshearing.checkpoints.output import REPORT, check_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
+from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.prune.apply import folded, shortened, write
@@ -165,7 +166,7 @@ def _table(config: PretrainedConfig, method: Method, options: Mapping[str, Any])
     """The family's table; for a decoder without one, a table that knows the number of layers and nothing else."""
     if config.model_type in FAMILIES or not method.any_decoder:
         return table_for(config)
-    key = options.get("layer_num_field") or "num_hidden_layers"
+    key = options.get("layer_num_field") or COMMON_LAYERS
     layers = getattr(config, key, None)
     if not isinstance(layers, int):
         numbers = [name for name, value in config.to_dict().items() if "layer" in name and isinstance(value, int)]

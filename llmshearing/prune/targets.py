@@ -1,9 +1,8 @@
 """What a target asks for: some keys of the config, layers by number, or a ratio -> the whole shape and the head mode.
 
-    {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 512, "num_hidden_layers": 6}
-    {"intermediate_size": [688, 640, 512]}   of each layer of the source
+    {KEY: 192, KEY: [688, 640, 512]}     keys of the config; a list is of each layer of the source
     {"drop_layers": [2, 5]}
-    {"ratio": 0.25}        a quarter fewer block parameters (or layers, or vocabulary, if the method cuts those)
+    {"ratio": 0.25}                      a quarter fewer block parameters, or layers, or tokens, as the method cuts
 
 Keys are those of the model's config; the names that most configs have stand for a family's own. Keys that are absent
 stay. What fewer heads mean with grouped queries is said in `llmshearing.families.heads`.
@@ -113,7 +112,7 @@ def resolve_target(asked_for: Mapping[str, Any], table: Table, method: Method) -
 
 
 def own_keys(wanted: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    """A target with the family's own keys in place of those that most configs have (`n_embd` for `hidden_size`)."""
+    """A target with the family's own keys in place of those that most configs have."""
     common = {key: table.keys[size] for size, key in KEYS.items() if size in table.keys}
     own = {*table.keys.values()}
     return {key if key in own else common.get(key, key): value for key, value in wanted.items()}

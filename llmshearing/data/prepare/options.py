@@ -126,8 +126,8 @@ def resolve_dtype(asked: str, vocab_size: int) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line; its names are those of `Options` and of `prepare`."""
     example = """example:
-  python -m llmshearing.data.prepare --input corpus --tokenizer models/Llama-2-7b-hf \\
-      --output data/llama2 --max_seq_len 4096 --eval_seqs 500"""
+  python -m llmshearing.data.prepare --input corpus --tokenizer models/source \\
+      --output data/mds --max_seq_len 4096 --eval_seqs 500"""
     said = argparse.ArgumentParser(
         prog="python -m llmshearing.data.prepare",
         description="Turn folders of JSONL or Parquet, one folder a domain, into the MDS data that training reads.",

@@ -1,8 +1,9 @@
 """Importance from forward passes only (Minitron, arXiv 2407.14679): width first, then depth in the narrower model.
 
     channel    sqrt(sum over sequences of (mean over tokens of |a|)^2)
-    heads      a = inputs of o_proj; L2 over the unit's channels (a KV group's heads, or one query head of a group)
-    MLP units  a = inputs of down_proj
+    heads      a = inputs of the projection out of attention; L2 over the unit's channels (of a KV group's heads, or of
+               one query head of a group)
+    MLP units  a = inputs of the projection out of the MLP
     hidden     a = outputs of every norm, scores summed over the norms
     layers     block influence, measured with the width already cut
 

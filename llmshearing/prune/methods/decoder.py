@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.family import COMMON_LAYERS
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def layer_by_layer(model: PreTrainedModel, layers: list[nn.Module], device: torc
 
 
 def find_decoder(
-    model: PreTrainedModel, path: str | None = None, norm: str | None = None, count_key: str = "num_hidden_layers"
+    model: PreTrainedModel, path: str | None = None, norm: str | None = None, count_key: str = COMMON_LAYERS
 ) -> Decoder:
     """The layers of a model.
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
@@ -44,7 +45,7 @@ def choose(
     by: str = "window",
     model_decoder_layers: str | None = None,
     layer_norm_field: str | None = None,
-    layer_num_field: str = "num_hidden_layers",
+    layer_num_field: str = COMMON_LAYERS,
     drop_layers: Sequence[int] | None = None,
 ) -> Choice:
     """Choose layers; ``table`` is not looked at. by: one of WAYS, unless ``drop_layers`` gives the layers.
@@ -174,7 +175,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_decoder_layers", metavar="PATH", help="of the layer list, as model.decoder.layers")
     parser.add_argument("--layer_norm_field", metavar="PATH", help="of the final norm, checked to exist")
     parser.add_argument(
-        "--layer_num_field", default="num_hidden_layers", metavar="KEY", help="of the config (%(default)s)"
+        "--layer_num_field", default=COMMON_LAYERS, metavar="KEY", help="of the config (%(default)s)"
     )
 
 

@@ -4,9 +4,9 @@ Nothing but the layers' names is known of the model. What else a layer is called
 from transformers' own forward. Only one layer is at work at a time, wherever the model was placed. What it reads, and
 what its projections read, waits in the CPU's memory or on disk, so that no part of a layer runs twice:
 
-    o_proj's Hessian:     norm, queries, keys, values, attention               -> what o_proj reads
-    down_proj's Hessian:  o_proj on that, norm, gate and up projection         -> what down_proj reads
-    next layer:           o_proj and down_proj on those                        -> what the next layer reads
+    O, the projection out of attention:    norm, queries, keys, values, attention    -> what O reads
+    D, the projection out of the MLP:      O on that, norm, projections into it      -> what D reads
+    next layer:                            O and D on those                          -> what the next layer reads
 
 Shape legend: N sequences, T tokens, B sequences in a batch, d hidden, n inputs of a projection.
 """

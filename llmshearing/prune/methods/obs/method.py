@@ -1,10 +1,10 @@
 """Optimal brain surgery on whole heads and intermediate units, layer by layer (SlimGPT, arXiv 2412.18110).
 
-Of each block the tensor that the table has as scaled and counted (o_proj, down_proj) reads the units to choose from:
+The projections out of attention (O) and out of the MLP (D) read the units to choose from:
 
     for each layer, on what the pruned layers before it write:
-        o_proj:     H = 2 X X^T of its inputs -> heads go one at a time (grouped queries: by the table's head kind)
-        down_proj:  H of its inputs behind the pruned attention -> units go in groups that shrink
+        O:  H = 2 X X^T of its inputs -> heads go one at a time (grouped queries: by the table's head kind)
+        D:  H of its inputs behind the pruned attention -> units go in groups that shrink
         the weights that stay make up for what went; removed columns become 0
 
 The model's weights are changed in place; the selection has gates 0 or 1, and the one fold cuts.
