@@ -40,3 +40,12 @@ def train_byte_level(folder):
     fast = PreTrainedTokenizerFast(tokenizer_object=model, eos_token=last[0], bos_token=last[0])
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
+
+
+def save_word_tokenizer(folder, words=20):
+    """A tokenizer of whole words w0, w1, ... with ids from 3 on."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": 3 + i for i in range(words)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)

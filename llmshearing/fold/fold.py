@@ -192,10 +192,28 @@ class _Resolver:
             if units.gate is not None:
                 gate = units.gate[units.numbers.index(expert)]
                 scale = gate if scale is None else scale * gate
+        if (counted := self._energy(spec, layer)) is not None:
+            scale = counted if scale is None else scale * counted
         if spec.rescale and self.shrunk != 1.0:
             factor = self.shrunk**spec.rescale
             scale = factor if scale is None else scale * factor
         return scale
+
+
+    def _energy(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
+        """What makes a norm count the energy that is left instead of the units: sqrt(n / |S|), n = d sum_S e_i.
+
+        The module divides by the root of sum_S x^2 / |S|. Times this, that is the root of sum_S x^2 / n.
+        """
+        name = spec.name.format(layer=layer, expert=None)
+        if name not in self.selection.energy or "hidden" not in self.selection.units:
+            return None
+        shares, units = self.selection.energy[name], self.selection.units["hidden"][0]
+        left = shares.to(units.index.device).index_select(0, units.index)
+        if units.padding and units.gate is not None:
+            left = left * (units.gate != 0)
+        number = max(1, len(units.index) - units.padding)
+        return (left.sum() * (len(shares) / number)).sqrt()
 
 
 def kept_experts(table: Table, layer: int | None, selection: Selection) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ On disk it is one safetensors file that replays the choice:
     units.<kind>.<row>.index   int64 [k]     kept units; row: the source layer, 0 for kinds shared by all layers
     units.<kind>.<row>.gate    [k]           absent where all gates are 1
     blocks.<block>             [L]           gate of every layer's attention or mlp
+    energy.<norm's weight>     [d]           shares of hidden units in a norm's energy
 
 The header's metadata lists kinds and rows as JSON, and whatever else the caller wants to tell (plain data).
 """
@@ -56,11 +57,14 @@ class Selection:
 
     units: kind -> one :class:`Units` (kinds shared by all layers) or one per *source* layer; a kind that is absent
     stays whole. blocks: block -> gate [L]; 0 closes it; an absent block is open. A layer with all blocks closed is
-    dropped. known_open: ``block_open``, where the maker has it at hand already.
+    dropped. energy: name of a norm's weight -> share [d] of each hidden unit in its energy. Such a norm counts what is
+    left of its energy (`llmshearing.fold.fold`), an absent one counts units. known_open: ``block_open``, where it is at
+    hand already.
     """
 
     units: Mapping[str, tuple[Units, ...]] = field(default_factory=dict)
     blocks: Mapping[str, Tensor] = field(default_factory=dict)
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
     known_open: Mapping[str, list[bool]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -116,6 +120,10 @@ def check_selection(table: Table, selection: Selection) -> None:
     for block, gate in selection.blocks.items():
         if block not in BLOCKS or gate.shape != (table.layers,):
             problems.append(f"block {block!r}: shape {list(gate.shape)}; there are {BLOCKS}, of {table.layers} layers")
+    for name, shares in selection.energy.items():
+        spec = table.by_name[name][0] if name in table.by_name else None
+        if spec is None or not spec.module.form.endswith("norm") or shares.shape != table.tensor_shape(spec):
+            problems.append(f"energy of {name}: {list(shares.shape)} shares; it must be a norm of as many hidden units")
     if problems:
         raise ShearingError("the selection does not fit the model:\n  " + "\n  ".join(problems))
 
@@ -144,6 +152,7 @@ def save_selection(path: Path | str, selection: Selection, about: Mapping[str, A
             if units.gate is not None:
                 tensors[f"units.{kind}.{row}.gate"] = units.gate
     tensors |= {f"blocks.{block}": gate for block, gate in selection.blocks.items()}
+    tensors |= {f"energy.{name}": shares for name, shares in selection.energy.items()}
     metadata = {
         "format": FORMAT,
         "kinds": json.dumps({kind: len(rows) for kind, rows in selection.units.items()}),
@@ -179,7 +188,8 @@ def load_selection(path: Path | str) -> tuple[Selection, dict[str, Any]]:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ShearingError(f"selection {path} is incomplete: {error!r}") from error
     blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
-    return Selection(units, blocks), about
+    energy = {name.removeprefix("energy."): shares for name, shares in tensors.items() if name.startswith("energy.")}
+    return Selection(units, blocks, energy), about
 
 
 def _units(tensors: Mapping[str, Tensor], name: str) -> Units:

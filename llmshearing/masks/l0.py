@@ -256,7 +256,7 @@ def selection_from_gates(table: Table, gates: Mapping[str, Tensor], round_to: in
         padding[kind] = (kept[kind].sum(-1) - open_rows.sum((1, 2))).tolist()
     places = _places(kept, gates)
     units = {kind: _units(kind, gates[kind], kept[kind], places[kind], padding[kind]) for kind in kinds}
-    return Selection(units, blocks, {block: is_open[block].tolist() for block in blocks})
+    return Selection(units, blocks, known_open={block: is_open[block].tolist() for block in blocks})
 
 
 def _open_on_cpu(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def read_target(options: dict[str, Any]) -> dict[str, Any]:
         if both := sorted(set(part) & set(target)):
             raise ShearingError(f"target key {', '.join(both)} is given twice")
         target |= part
-    if not target:
+    if not target and METHODS[options["method"]].sizes:
         raise ShearingError("nothing to prune: give --target key=value ..., --target FILE, --ratio or --drop_layers")
     return target
 

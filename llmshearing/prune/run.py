@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.prune.apply import folded, shortened, write
+from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
@@ -96,6 +97,9 @@ def prune(
     with placed(source, device, plan):
         before = measure(source, plan.dtype, data)
         choice = plan.method.choose(source, table, plan.target.shape, data, **plan.options)
+        choice = counting_energy(choice, source, table, data)
+    if table:  # a method that parts tied tensors has changed the source's config
+        table = table_for(source.config, plan.target.head_mode)
     result = folded(source, table, choice, plan.dtype, pad) if table else shortened(source, plan.table, choice)
     with placed(result.model, device, plan):
         after = measure(result.model, plan.dtype, data, choice.reencode)
@@ -111,6 +115,18 @@ def prune(
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
     return Pruned(output, before, after, seconds, choice)
+
+
+def counting_energy(
+    choice: Choice, source: PreTrainedModel, table: Table | None, data: Calibration | None
+) -> Choice:
+    """The choice with what lets norms count the energy of the hidden units that stay, where some go.
+
+    Their number is right only where all carry alike. Without sequences nothing better is known.
+    """
+    if table is None or data is None or "hidden" not in choice.selection.units:
+        return choice
+    return replace(choice, selection=replace(choice.selection, energy=norm_energy(source, table, data)))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ def resolve_target(asked_for: Mapping[str, Any], table: Table, method: Method) -
             or the target is the source's own shape.
     """
     source = [table.at_layer(layer).shape() for layer in range(table.layers)]
+    if not method.sizes:
+        if asked_for:
+            raise ShearingError(f"method {method.name} changes no size: leave out {', '.join(asked_for)}")
+        return Target(joined(source), "group", None)
     wanted: dict[str, Any] = own_keys(asked_for, table)
     known = {*source[0], DROP, RATIO}
     problems = [

@@ -1,0 +1,135 @@
+"""Importance by squared gradients (Fisher): what the loss loses, to second order, when a gate of 1 closes.
+
+    score of a unit = sum over sequences of (d loss / d gate)^2 at gate 1
+
+The empirical Fisher information of the gates (Molchanov et al., arXiv 1906.10771; Kwon et al., arXiv 2204.09656). All
+kinds of units come from one forward and backward pass a sequence, through the gating of `llmshearing.fold.gating`. In a
+turned model (`llmshearing.prune.methods.turn`) hidden units go by their energy instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmshearing.errors import ShearingError
+from llmshearing.families.table import Table
+from llmshearing.fold.gating import attach, detach
+from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.masks.l0 import selection_from_gates
+from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.energy import norm_energy
+from llmshearing.prune.method import ALL_SIZES, Choice, Method
+from llmshearing.prune.methods.depth import drop_least
+from llmshearing.prune.methods.turn import is_turned
+from llmshearing.prune.targets import rows_to_cut
+
+ENERGY, FISHER = "energy", "fisher"
+
+
+def choose(
+    model: PreTrainedModel,
+    table: Table,
+    target: Mapping[str, Any],
+    calibration: Calibration | None,
+    *,
+    hidden: str | None = None,
+    drop_layers: Sequence[int] | None = None,
+) -> Choice:
+    """Keep the units of each row, and the layers, that the loss would miss most.
+
+    Args:
+        hidden: score of hidden units, "fisher" or "energy"; None: energy in a turned model.
+
+    Raises:
+        ShearingError: there is no calibration.
+    """
+    if calibration is None:
+        raise ShearingError("fisher scores need sequences to look at: --calibration")
+    cut = rows_to_cut(table, target)
+    drops = drop_layers is None and target[table.layers_key] < table.layers
+    scores = fisher_scores(model, table, calibration, [*cut, *(["layer"] if drops else [])])
+    if "hidden" in cut and (hidden or (ENERGY if is_turned(model, table) else FISHER)) == ENERGY:
+        scores["hidden"] = torch.stack([*norm_energy(model, table, calibration).values()]).sum(0)
+    units = {}
+    for name, rows in cut.items():
+        by_layer = [scores[name]] if rows[0][0].rows is None else scores[name]
+        units[name] = tuple(
+            keep_highest(score, kind.rows or 1, number) for score, (kind, number) in zip(by_layer, rows, strict=True)
+        )
+    if drops:
+        drop_layers = drop_least(scores["layer"], table.layers - target[table.layers_key])
+    about = {"scores": {name: score.tolist() for name, score in scores.items()}}
+    return Choice(Selection(units, layer_gates(table.layers, drop_layers)), about)
+
+
+def fisher_scores(
+    model: PreTrainedModel, table: Table, calibration: Calibration, kinds: Sequence[str]
+) -> dict[str, Tensor]:
+    """Mask kind -> scores of all units, float64 on the CPU, in the kind's full shape ([L] for "layer").
+
+    The model's own parameters get no gradients.
+
+    Raises:
+        ShearingError: layers differ in size, so that gates of all layers make no rows of one length.
+    """
+    if table.of_layer:
+        raise ShearingError("fisher scores need layers of one size: pad the model first (llmshearing.prune.pad)")
+    shapes = {kind: (table.layers,) if kind == "layer" else table.kinds[kind].shape(table.layers) for kind in kinds}
+    total = {kind: torch.zeros(shape, dtype=torch.float64) for kind, shape in shapes.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gating = attach(model, table)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for ids in tqdm(calibration.select, desc="fisher scores", unit="sequence"):
+            for kind, gradient in _gradients(model, table, gating, ids.to(model.device), shapes).items():
+                total[kind] += gradient.double().square().cpu()
+    finally:
+        detach(model)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return total
+
+
+def _gradients(
+    model: PreTrainedModel, table: Table, gating: Any, ids: Tensor, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss of one sequence [T] to every gate, at 1."""
+    gates = {
+        kind: torch.ones(shape, dtype=model.dtype, device=ids.device, requires_grad=True)
+        for kind, shape in shapes.items()
+    }
+    with torch.enable_grad():
+        gating.set(selection_from_gates(table, gates))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:])
+        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+    return {
+        kind: torch.zeros_like(gate) if gradient is None else gradient
+        for (kind, gate), gradient in zip(gates.items(), found, strict=True)
+    }
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hidden",
+        choices=(ENERGY, FISHER),
+        help="score of hidden units (energy in a turned model, else fisher)",
+    )
+
+
+METHOD = Method(
+    name="fisher",
+    choose=choose,
+    help="squared gradients of the gates; in a turned model hidden units by energy",
+    sizes=ALL_SIZES,
+    add_options=_add_options,
+)
