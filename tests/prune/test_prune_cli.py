@@ -22,8 +22,8 @@ from llmshearing.fold.gating import attach
 from llmshearing.fold.selection import load_selection
 from llmshearing.prune import SequenceOptions, prune
 from llmshearing.prune.__main__ import EXAMPLES, build_parser, main, read_target
+from llmshearing.prune.calibration import read_calibration
 from llmshearing.prune.methods import METHODS
-from llmshearing.prune.sequences import read_calibration
 
 WORDS = [f"w{i}" for i in range(20)]
 WIDTH = {"num_attention_heads": 2, "intermediate_size": 6}
