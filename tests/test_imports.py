@@ -12,7 +12,7 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors"},
-    {"files", "config"},
+    {"files", "config", "lookahead"},
     {"families", "storage"},
     {"fold", "data"},
     {"masks"},

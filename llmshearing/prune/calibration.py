@@ -10,9 +10,8 @@ Shape legend: N sequences to select by, M to report on, T tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, FOR_PRUNE, split_of
-from llmshearing.data.text.sources import SUFFIXES, read_documents
+from llmshearing.data.text.corpus import corpus_texts
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
 
 REPORT_FRACTION = 0.3  # of the documents, where one source serves both parts
-BLOCK = 4096  # characters of plain text that stay together
 DEFAULT_LENGTH = 512
 
 
@@ -152,7 +150,7 @@ def _from_text(path: Path, tokenizer: Path | str, length: int, options: Sequence
     encoder = _tokenizer(tokenizer)
     wanted = {FOR_PRUNE: options.samples * length, EVAL: options.report_samples * length}
     streams: dict[str, list[int]] = {part: [] for part in wanted}
-    for text in _documents(path, options.text_field):
+    for text in corpus_texts(path, options.text_field, what="calibration", in_turn=True):
         part = split_of(text, 0, REPORT_FRACTION, 1 - REPORT_FRACTION)
         if len(streams[part]) < wanted[part]:
             ids = encoder(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -177,40 +175,3 @@ def _tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=Path(path).exists())
     except Exception as error:  # transformers raises many kinds for broken or absent tokenizers
         raise ShearingError(f"the tokenizer of {path} cannot be loaded, so text cannot be read: {error}") from error
-
-
-def _documents(path: Path, field: str) -> Iterator[str]:
-    """Texts of all files, taken from the files in turn, so that a few of them are of every file."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    problems: list[str] = []
-    readers = [
-        read_documents(file, field, problems, lambda size: None) if file.suffix in SUFFIXES else _blocks(file)
-        for file in files
-        if path.is_file() or file.suffix in (*SUFFIXES, ".txt")
-    ]
-    if not readers:
-        raise ShearingError(f"calibration {path} has no index.json (MDS), and no file ending in .txt or {SUFFIXES}")
-    for texts in zip_longest(*readers):
-        yield from (text for text in texts if text)
-        if problems:
-            raise ShearingError("\n".join(problems))
-    if problems:
-        raise ShearingError("\n".join(problems))
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    """Whole lines of a text file, about BLOCK characters at once."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from iter(lambda: "".join(_lines(file)), "")
-    except UnicodeDecodeError as error:
-        raise ShearingError(f"calibration {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _lines(file: Iterable[str]) -> Iterator[str]:
-    size = 0
-    for line in file:
-        yield line
-        size += len(line)
-        if size >= BLOCK:
-            return
