@@ -17,7 +17,7 @@ LAYERS = [
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
-    {"prune", "training"},
+    {"prune", "training", "checkpoint"},
     {"train", "utils"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
