@@ -8,7 +8,10 @@ from types import ModuleType
 
 from wrapt import when_imported
 
+from llmshearing import moved
+
 __version__ = "0.1.0"
+moved.install()
 
 
 @when_imported("transformers.models.auto.configuration_auto")

@@ -12,12 +12,12 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors"},
-    {"files", "families"},
+    {"files", "families", "lookahead", "moved"},
     {"config", "storage"},
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
-    {"prune", "training"},
+    {"prune", "training", "checkpoint"},
     {"train", "utils"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,12 +8,9 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from streaming import LocalDataset
-
-from llmshearing.data.mds.shards import BYTES_DTYPE
+from llmshearing.data.mds.index import INDEX
+from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.data.text.tokenizer import load_decoder
 from llmshearing.errors import ShearingError
 
@@ -25,34 +22,28 @@ def inspect(root: Path, samples: int = 0, decode: Callable[[list[int]], str] | N
 
     Raises ShearingError where there is none, or one that cannot be read.
     """
-    found = sorted(path.parent for path in root.rglob("index.json"))
+    found = sorted(path.parent for path in root.rglob(INDEX))
     if not found:
-        raise ShearingError(f"{root} has no MDS directory (a folder with an index.json)")
+        raise ShearingError(f"{root} has no MDS directory (a folder with an {INDEX})")
     lines = [f"{'directory':<32}{'sequences':>12}{'length':>8}{'shards':>8}{'MB':>10}  tokens"]
     for path in found:
         name = str(path.relative_to(root))
-        try:
-            data = LocalDataset(str(path))
-            lines.append(f"{name:<32}{_row(data)}")
-            for i in range(min(samples, len(data))):
-                ids = _tokens(data[i]).tolist()
-                lines.append(f"  [{data[i]['set']} {i}] {decode(ids) if decode else ids}")
-        except Exception as error:  # whatever a damaged directory makes Streaming do
-            raise ShearingError(f"{path} cannot be read: {error!r}") from error
+        data = MdsDirectory(path, None, None)
+        size = data.size / 1e6
+        lines.append(f"{name:<32}{len(data):>12,}{data.max_seq_len:>8}{data.shards:>8}{size:>10.2f}  {data.kind}")
+        for i in range(min(samples, len(data))):
+            ids, domain = data[i]
+            lines.append(f"  [{domain} {i}] {_shown(ids.tolist(), decode, path)}")
     return "\n".join(lines)
 
 
-def _row(data: LocalDataset) -> str:
-    size = sum(shard.raw_data.bytes for shard in data.shards) / 1e6
-    if not len(data):
-        return f"{0:>12}{'-':>8}{len(data.shards):>8}{size:>10.2f}  -"
-    encoding = dict(zip(data.shards[0].column_names, data.shards[0].column_encodings, strict=True))["tokens"]
-    return f"{len(data):>12,}{_tokens(data[0]).size:>8}{len(data.shards):>8}{size:>10.2f}  {encoding}"
-
-
-def _tokens(sample: dict[str, Any]) -> np.ndarray:
-    tokens = sample["tokens"]
-    return np.frombuffer(tokens, BYTES_DTYPE) if isinstance(tokens, bytes) else tokens
+def _shown(ids: list[int], decode: Callable[[list[int]], str] | None, where: Path) -> str:
+    if decode is None:
+        return str(ids)
+    try:
+        return decode(ids)
+    except (IndexError, OverflowError) as error:
+        raise ShearingError(f"{where} has token ids up to {max(ids)}, which --tokenizer does not know") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ import yaml
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import EXAMPLE
+from llmshearing.prune.calibration import SequenceOptions
 from llmshearing.prune.methods import METHODS
 from llmshearing.prune.run import prune
-from llmshearing.prune.sequences import SequenceOptions
 from llmshearing.prune.targets import DROP, RATIO
 
 log = logging.getLogger(__name__)

@@ -31,11 +31,11 @@ from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.prune.apply import folded, shortened, write
+from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
-from llmshearing.prune.sequences import SequenceOptions, read_calibration
 from llmshearing.prune.targets import DROP, Target, resolve_target
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def prune(
     Args:
         method: one of `llmshearing.prune.methods.METHODS`. model: directory, or name on the hub.
         target: keys of the config that shrink, ``drop_layers``, or ``ratio``; see `llmshearing.prune.targets`.
-        calibration: MDS data, JSONL or text; see `llmshearing.prune.sequences`. Without it there is no perplexity.
+        calibration: MDS data, JSONL or text; see `llmshearing.prune.calibration`. Without it there is no perplexity.
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
         options: the method's own.

@@ -14,7 +14,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
+from llmshearing.lookahead import in_order
 from llmshearing.storage.files import new_file
 from llmshearing.storage.lazy import LazyTensor
 
@@ -104,15 +105,10 @@ def _record(file: BinaryIO, archive: zipfile.ZipFile, name: str, data: bytes | m
 
 def _made(tensors: Iterable[LazyTensor]) -> Iterator[memoryview]:
     """The bytes of each tensor, in order. The next ones are read and folded while the caller writes."""
-    waiting: collections.deque[Future[memoryview]] = collections.deque()
     pool = ThreadPoolExecutor(AHEAD)
     try:
-        for tensor in tensors:
-            waiting.append(pool.submit(raw, tensor))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for _, data in in_order(tensors, lambda tensor: pool.submit(raw, tensor), AHEAD):
+            yield data
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -60,8 +60,19 @@ class DomainLoss(Metric):
         return mean.exp() if self.exponentiate else mean
 
 
+def learn_every_id(model: PreTrainedModel) -> None:
+    """Let the embedding of every id learn, that of ``pad_token_id`` too, which `nn.Embedding` leaves out.
+
+    Training data are packed: there is no padding in them, and an id in them is a token. Many models name their EOS, or
+    token 0, as padding; its embedding would stand still while all others learn. The forward pass does not change.
+    """
+    model.get_input_embeddings().padding_idx = None  # type: ignore[assignment]
+
+
 class ShearingModel(ComposerModel):
     """Causal LM for Composer; with ``masks`` each training step runs the model that its sampled gates fold to.
+
+    Every id of a batch is a token and learns (:func:`learn_every_id`).
 
     Args:
         model: a transformers causal LM. With masks its modules are gated in place; state dict keys stay.
@@ -86,6 +97,7 @@ class ShearingModel(ComposerModel):
         self.model = model
         self.masks = masks
         self.table = masks.table if masks is not None else table_for(model.config)
+        learn_every_id(model)
         # Without masks too: the norms are then the leaner ones of gating.py.
         self.gating = attach(model, self.table)
         mark_units(model, masks)  # after the modules' classes were swapped: sharding swaps them once more

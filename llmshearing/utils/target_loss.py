@@ -7,7 +7,6 @@ The last line of the output is a pair of overrides for the training command.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from llmshearing.data.mds.manifest import read_manifest
 from llmshearing.data.mixture.target_loss import fit, predict, read_models, source_losses
+from llmshearing.data.prepare.packing import EVAL
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,8 @@ def evaluated(model: Path, data: Path, split: str, set_names: Sequence[str] | No
     from llmshearing.checkpoints.hf_read import load_hf_model
     from llmshearing.training.evaluation import domain_losses, eval_batches
 
-    try:
-        manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
-        names = list(set_names or manifest["splits"]["eval"])
-        length = int(manifest["max_seq_len"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ShearingError(f"{data} is not the output of llmshearing.data.prepare: {error!r}") from error
+    manifest = read_manifest(data)
+    names, length = list(set_names or manifest["splits"].get(EVAL, ())), manifest["max_seq_len"]
     loaded = load_hf_model(str(model), torch.float32)
     losses = domain_losses(loaded, eval_batches(str(data), split, names, length, loaded.config.vocab_size), names)
     return names, [losses[name] for name in names]

@@ -25,7 +25,7 @@ from llmshearing.data.prepare import job
 from llmshearing.data.prepare.encoding import Encoders, Recipe, WorkerDied
 from llmshearing.data.prepare.packing import Documents, Packer, split_of
 from llmshearing.data.prepare.run import main, prepare
-from llmshearing.data.text import sources
+from llmshearing.data.text import sources, streams
 from llmshearing.data.text.sources import Chunk, Lines, Place
 from llmshearing.data.text.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
@@ -371,7 +371,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_processes_change_no_byte(tmp_path, corpus, prepared, tokenizer_file, monkeypatch):
     monkeypatch.setattr(job, "BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(sources, "CHUNK", 2000)
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(streams, "PIECE", 300)
     prepare(corpus, tokenizer_file, tmp_path / "out", SEQ, processes=3, **FRACTIONS)
     assert contents(tmp_path / "out") == contents(prepared)
 
@@ -393,7 +393,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(
     tmp_path, corpus, prepared, tokenizer_file, at, caplog, monkeypatch
 ):
     monkeypatch.setattr(sources, "CHUNK", 2000)
-    monkeypatch.setattr(sources, "PIECE", 300)
+    monkeypatch.setattr(streams, "PIECE", 300)
     monkeypatch.setattr(job, "PART", 4000)
 
     def killed() -> None:

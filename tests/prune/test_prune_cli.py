@@ -22,8 +22,8 @@ from llmshearing.fold.gating import attach
 from llmshearing.fold.selection import load_selection
 from llmshearing.prune import SequenceOptions, prune
 from llmshearing.prune.__main__ import EXAMPLES, build_parser, main, read_target
+from llmshearing.prune.calibration import read_calibration
 from llmshearing.prune.methods import METHODS
-from llmshearing.prune.sequences import read_calibration
 from llmshearing.prune.targets import resolve_target
 
 WORDS = [f"w{i}" for i in range(20)]

@@ -266,3 +266,28 @@ def test_evaluation_metrics_of_the_model():
     assert found[0].item() == pytest.approx(hand[0].item(), abs=1e-6) and found[1].isnan()
     assert found[2].item() == pytest.approx(hand[1:3].mean().item(), abs=1e-6)
     assert metrics["LanguagePerplexity"].compute().item() == pytest.approx(mean.exp().item(), rel=1e-6)
+
+
+# Padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruning", [False, True])
+@pytest.mark.parametrize("pad", [0, 2])
+def test_the_id_called_padding_learns_as_in_a_model_without_one(pad, pruning):
+    """Packed data have no padding: pad_token_id = eos_token_id must not keep EOS from learning."""
+    gradients = []
+    for pad_token_id in (pad, None):
+        model = make_model(initializer_range=0.2, pad_token_id=pad_token_id)
+        with torch.no_grad():  # transformers begins the row of padding with zeros
+            generator = torch.Generator().manual_seed(3)
+            weight = model.get_input_embeddings().weight
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        masks = L0Masks(table_for(model.config), list(TARGET), TARGET, seed=5) if pruning else None
+        shearing, batch = ShearingModel(model, masks, domains=3), a_batch()
+        batch["input_ids"][:, 3] = pad
+        shearing.loss(shearing(batch), batch).backward()
+        gradients.append({name: value.grad for name, value in shearing.named_parameters()})
+    with_padding, without = gradients
+    assert with_padding["model.model.embed_tokens.weight"][pad].abs().max() > 0
+    for name, gradient in without.items():
+        assert torch.equal(with_padding[name], gradient), name

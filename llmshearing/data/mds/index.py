@@ -109,7 +109,7 @@ def _column_problems(names: Any, encodings: Any, sizes: Any) -> list[str]:
     kinds = dict(zip(names, encodings, strict=True))
     said = [f"column {n} is {k!r}, which would run code" for n, k in kinds.items() if not is_mds_encoding_safe(k)]
     if kinds["tokens"] != "bytes" and not kinds["tokens"].startswith("ndarray"):
-        said.append(f"column tokens is {kinds['tokens']!r}; known are 'ndarray:...' and 'bytes' (of uint16)")
+        said.append(f"column tokens is {kinds['tokens']!r}; known are 'ndarray:...' and 'bytes' (of ids)")
     if kinds["set"] != "str":
         said.append(f"column set is {kinds['set']!r}, not 'str'")
     return said

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmshearing.data.prepare.packing import COUNTS
 from llmshearing.data.text.codec import FILES, Codec
+from llmshearing.data.text.lines import LINE, PLURALS
 from llmshearing.errors import ShearingError
 
 MANIFEST = "manifest.json"
@@ -110,7 +111,13 @@ def table(manifest: dict[str, Any]) -> str:
             row = f"{n['documents']:>12,}{n['tokens']:>15,}{n['sequences']:>12,}{ratio:>13.2f}"
             lines.append(f"{split:<12}{domain:<20}{row}")
     for domain, n in manifest.get("skipped", {}).items():
-        lines.append(f"skipped in {domain}: {n['count']:,} lines, such as {n['first'][0]}")
+        lines.append(f"skipped in {domain}: {_left_out(n)}, such as {n['first'][0]}")
     for domain, number in manifest.get("duplicates", {}).items():
         lines.append(f"duplicates left out of {domain}: {number:,}")
     return "\n".join(lines)
+
+
+def _left_out(skipped: dict[str, Any]) -> str:
+    """As in `2 lines, 1 whole file`; older manifests know only how many lines and files together."""
+    kinds = skipped.get("what") or {LINE: skipped["count"]}
+    return ", ".join(f"{number:,} {kind if number == 1 else PLURALS.get(kind, kind)}" for kind, number in kinds.items())

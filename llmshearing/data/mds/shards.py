@@ -1,7 +1,7 @@
 """One MDS directory, opened for random access and checked against its index.
 
-A sample has the columns `tokens` (T ids: an `ndarray` of unsigned integers, or the predecessor's `bytes` of
-uint16) and `set` (the domain's name). T = max_seq_len. There is no shared memory.
+A sample has the columns `tokens` (T ids: an `ndarray` of whole numbers, or `bytes` of ids whose width is recognised,
+see `tokens.py`) and `set` (the domain's name). T = max_seq_len. There is no shared memory.
 """
 
 import os
@@ -15,24 +15,27 @@ import numpy as np
 from llmshearing.data.mds.files import ShardFiles
 from llmshearing.data.mds.index import read_index
 from llmshearing.data.mds.remote import Remote
+from llmshearing.data.mds.tokens import LARGEST_VOCABULARY, as_ids, recognise
 from llmshearing.errors import ShearingError
 
 OPEN_FILES = 64  # a directory; a pass reads from 17 shards at a time
-BYTES_DTYPE = np.dtype("<u2")  # what the predecessor packed into its `bytes` column
+LOOKED_AT = 64  # first samples by which the width of ids in a `bytes` column is recognised
 
 
 class MdsDirectory:
     """`directory[i]` -> (token ids int64 [T], domain name); `len(directory)` samples.
 
-    `vocab_size` is the model's: an id beyond it is an error when its sample is read. Sizes of all shard files
-    are checked here, the hash of a shard when its first sample is read; that is also when it is decompressed, or
-    downloaded from `remote`. Raises ShearingError, naming the file.
+    `vocab_size` is the model's: an id beyond it is an error when its sample is read. Without `max_seq_len` it is what
+    the first sample has; without `vocab_size` any id below a million is one.
+    Sizes of all shard files are checked here, the hash of a shard when its first sample is read; that is also when it
+    is decompressed, or downloaded from `remote`. Raises ShearingError, naming the file.
     """
 
-    def __init__(self, path: Path | str, max_seq_len: int, vocab_size: int, remote: Remote | None = None) -> None:
+    def __init__(
+        self, path: Path | str, max_seq_len: int | None, vocab_size: int | None, remote: Remote | None = None
+    ) -> None:
         self.path = Path(path)
-        self.max_seq_len = max_seq_len
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size or LARGEST_VOCABULARY
         self._shardfiles = ShardFiles(self.path, remote)
         self._shards = read_index(self.path)
         self._checked: dict[int, Path] = {}
@@ -40,6 +43,8 @@ class MdsDirectory:
         self._ends = np.cumsum([shard.samples for shard in self._shards])
         if problems := [problem for shard in self._shards if (problem := self._shardfiles.problem(shard))]:
             raise ShearingError("\n".join(f"shard {problem}; copy it again" for problem in problems[:20]))
+        self._width = self._recognised(max_seq_len)
+        self.max_seq_len: int = max_seq_len or self._ids(0, self._sample(0)).size
         self[0]  # a wrong sequence length should be said now, not at the first batch
 
     def __len__(self) -> int:
@@ -52,15 +57,11 @@ class MdsDirectory:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         sample = self._sample(index)
-        tokens = sample["tokens"]
-        if isinstance(tokens, bytes):
-            tokens = np.frombuffer(tokens[: len(tokens) // 2 * 2], BYTES_DTYPE)
-        if tokens.dtype.kind != "u" and (tokens.dtype.kind != "i" or int(tokens.min(initial=0)) < 0):
-            raise ShearingError(f"{self.path}: sample {index} has tokens of {tokens.dtype}, or below 0: no token ids")
+        tokens = self._ids(index, sample)
         if tokens.size != self.max_seq_len:
             raise ShearingError(
-                f"{self.path}: sequences are {tokens.size} tokens long, max_seq_len is {self.max_seq_len}; "
-                "set max_seq_len to that or prepare the data again"
+                f"{self.path}: sequences are {tokens.size} tokens long{self._stored()}, max_seq_len is "
+                f"{self.max_seq_len}; they must be equal: change it, or prepare the data again"
             )
         if int(tokens.max()) >= self.vocab_size:
             raise ShearingError(
@@ -69,9 +70,43 @@ class MdsDirectory:
             )
         return tokens.astype(np.int64), sample["set"]
 
+    @property
+    def kind(self) -> str:
+        """How ids are stored: the column's encoding, and the width that was recognised in `bytes`."""
+        column = self._shards[0].column_names.index("tokens")
+        return self._shards[0].column_encodings[column] + self._stored()
+
+    @property
+    def shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards, uncompressed."""
+        return sum(shard.raw_data.bytes for shard in self._shards)
+
     def names(self) -> list[str]:
         """The `set` column, one name a sample (reads every sample once)."""
         return [self._sample(index)["set"] for index in range(len(self))]
+
+    def _recognised(self, max_seq_len: int | None) -> np.dtype | None:
+        """The width of ids in a `bytes` column, by the first samples of the first shard; None for arrays."""
+        if not isinstance(self._sample(0)["tokens"], bytes):
+            return None
+        first = range(min(LOOKED_AT, self._shards[0].samples))
+        try:
+            return recognise([self._sample(index)["tokens"] for index in first], max_seq_len, self.vocab_size)
+        except ValueError as error:
+            raise ShearingError(f"{self.path}: {error}") from None
+
+    def _stored(self) -> str:
+        return "" if self._width is None else f" (bytes of {8 * self._width.itemsize}-bit ids)"
+
+    def _ids(self, index: int, sample: dict[str, Any]) -> np.ndarray:
+        try:
+            return as_ids(sample["tokens"], self._width, self.vocab_size)
+        except ValueError as error:
+            raise ShearingError(f"{self.path}: sample {index}: {error}; prepare the data again") from None
 
     def _sample(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -109,7 +144,9 @@ def _decode(shard: Any, data: bytes) -> dict[str, Any]:
     """The columns of a sample. Arrays of fixed shape directly, as Streaming parses their type anew each time."""
     if shard.column_names != ["set", "tokens"] or not (size := shard.column_sizes[1]):
         return shard.decode_sample(data)
-    _, kind, *_ = shard.column_encodings[1].split(":")
+    _, kind, *shape = shard.column_encodings[1].split(":")
+    if shape and "," in shape[0]:
+        return shard.decode_sample(data)
     (name,) = struct.unpack_from("<I", data)
     if len(data) != 4 + name + size:
         raise ValueError(f"a sample of {len(data)} bytes, not {4 + name + size}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from llmshearing.data.json_file import read_json
 from llmshearing.errors import ShearingError
 
 EXPONENTS = np.geomspace(1e-3, 3, 400)  # searched for b; 0.34 for Chinchilla (arXiv:2203.15556)
@@ -70,11 +71,14 @@ def source_losses(path: Path, set_names: Sequence[str]) -> list[float]:
 
     Raises ShearingError, naming the file, if it cannot be read or lacks a domain.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else json.loads(lines[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise ShearingError(f"{path} cannot be read: {error}") from error
+    if path.suffix == ".json":
+        found = read_json(path, "losses")
+    else:
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            found = json.loads(lines[-1])
+        except (OSError, ValueError, IndexError, RecursionError) as error:
+            raise ShearingError(f"losses {path} cannot be read: {error}") from error
     found = _by_domain(found, set_names)
     missing = [name for name in set_names if not _positive(found.get(name))]
     if missing:
@@ -99,10 +103,10 @@ def read_models(path: Path) -> tuple[list[float], list[str], np.ndarray]:
 
     Raises ShearingError naming every entry that is wrong.
     """
+    models = read_json(path, "losses of several sizes", list)
     try:
-        models = json.loads(path.read_text(encoding="utf-8"))
         names = list(models[0]["losses"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise ShearingError(
             f'{path} is no JSON list of {{"parameters": N, "losses": {{domain: loss}}}}: {error!r}'
         ) from error

@@ -10,9 +10,9 @@ import multiprocessing
 import os
 import threading
 from array import array
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,9 +20,11 @@ from types import TracebackType
 import numpy as np
 
 from llmshearing.data.prepare.packing import Documents, split_of
+from llmshearing.data.text.lines import Problem
 from llmshearing.data.text.sources import MAX_PROBLEMS, Chunk
 from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
+from llmshearing.lookahead import in_order
 
 AHEAD = 3  # chunks in flight for each process: bounds memory
 TYPECODES = {"uint16": "H", "uint32": "I"}
@@ -35,11 +37,11 @@ class WorkerDied(ShearingError):
 
 @dataclass
 class Encoded:
-    """What a chunk held: documents by split, the first of its problems, and how many there were."""
+    """What a chunk held: documents by split, the first of its problems, and how many there were of which kind."""
 
     splits: dict[str, Documents]
     problems: list[str]
-    count: int
+    left_out: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Recipe:
 
     def encode(self, chunk: Chunk, wanted: Wanted) -> Encoded:
         """Parse a chunk and tokenize what belongs to the `wanted` splits."""
-        problems: list[str] = []
+        problems: list[Problem] = []
         texts: dict[str, list[str]] = {split: [] for split in wanted}
         utf8: dict[str, list[bytes]] = {split: [] for split in wanted}
         for text in chunk.texts(self.text_field, problems):
@@ -66,7 +68,8 @@ class Recipe:
                 texts[split].append(text)
                 utf8[split].append(data)
         splits = {split: self._documents(texts[split], utf8[split]) for split in sorted(wanted) if texts[split]}
-        return Encoded(splits, problems[:MAX_PROBLEMS], len(problems))
+        said = [problem.said for problem in problems[:MAX_PROBLEMS]]
+        return Encoded(splits, said, Counter(problem.what for problem in problems))
 
     def _documents(self, texts: list[str], utf8: list[bytes]) -> Documents:
         encoded = self.tokenizer.encode(texts)
@@ -100,19 +103,11 @@ class Encoders:
             for chunk in chunks:
                 yield chunk, self._recipe.encode(chunk, wanted())
             return
-        waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
+        pool = self._pool
         try:
-            for chunk in chunks:
-                waiting.append((chunk, self._pool.submit(_work, chunk, wanted())))
-                if len(waiting) >= AHEAD * self._processes:
-                    yield _result(*waiting.popleft())
-            while waiting:
-                yield _result(*waiting.popleft())
+            yield from in_order(chunks, lambda chunk: pool.submit(_work, chunk, wanted()), AHEAD * self._processes - 1)
         except BrokenProcessPool as error:
             raise WorkerDied("a tokenization process was killed, usually for memory; use fewer --processes") from error
-        finally:
-            for _, future in waiting:
-                future.cancel()
 
     def __enter__(self) -> "Encoders":
         return self
@@ -120,10 +115,6 @@ class Encoders:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
-
-
-def _result(chunk: Chunk, future: "Future[Encoded]") -> tuple[Chunk, Encoded]:
-    return chunk, future.result()
 
 
 _recipe: Recipe  # of a worker process

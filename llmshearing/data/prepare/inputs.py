@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from llmshearing.data.text.sources import SUFFIXES
+from llmshearing.data.text.sources import SUFFIXES, has_documents
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def find_sources(root: Path, domains: Sequence[str] | None = None) -> dict[str, 
 def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """(data files, those of them with no byte), sorted by path."""
     everything = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    files = [p for p in everything if p.suffix in SUFFIXES]
+    files = [p for p in everything if has_documents(p)]
     for path in sorted(set(everything) - set(files)):
-        log.warning("ignored %s: it does not end in %s", path, ", ".join(SUFFIXES))
+        log.warning("ignored %s: it is plain text, or does not end in %s", path, ", ".join(SUFFIXES))
     return files, [p for p in files if p.stat().st_size == 0]
 
 

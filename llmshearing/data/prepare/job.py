@@ -6,6 +6,7 @@ After each part of a domain its state is committed: a run that is killed goes on
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ class Domain:
     packers: dict[str, Packer]
     writers: dict[str, PartWriter]
     place: Place = BEGINNING
-    skipped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Lines, rows, files and rests of files."""
     first_skipped: list[str] = field(default_factory=list)
     done: bool = False
 
@@ -55,7 +57,7 @@ class Domain:
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON."""
         splits = {s: {"packer": p.state(), "shards": self.writers[s].shards} for s, p in self.packers.items()}
-        skipped = {"count": self.skipped, "first": self.first_skipped}
+        skipped = {"count": self.skipped.total(), "what": dict(self.skipped), "first": self.first_skipped}
         return {"splits": splits, "place": self.place, "skipped": skipped, "done": self.done}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -64,7 +66,7 @@ class Domain:
             self.packers[split].restore(saved["packer"])
             self.writers[split].shards = saved["shards"]
         self.place, self.done = Place(*state["place"]), state["done"]
-        self.skipped, self.first_skipped = state["skipped"]["count"], state["skipped"]["first"]
+        self.skipped, self.first_skipped = Counter(state["skipped"]["what"]), state["skipped"]["first"]
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Job:
         part = 0
         chunks = self._chunks(read_chunks(self.sources[name], self.options.text_field, bar.update, domain.place))
         for chunk, encoded in encoders.in_order(chunks, lambda: frozenset() if self.problems else domain.wanted()):
-            domain.skipped += encoded.count
+            domain.skipped += encoded.left_out
             domain.first_skipped += encoded.problems[: MAX_PROBLEMS - len(domain.first_skipped)]
             if self.options.on_error == "fail":
                 self.problems += encoded.problems

@@ -6,23 +6,24 @@ Importing this needs neither torch nor transformers, so that the processes start
 import json
 import multiprocessing
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import Codec
-from llmshearing.data.text.sources import SUFFIXES, read_documents
 from llmshearing.errors import ShearingError
+from llmshearing.lookahead import in_order
 
 BATCH = 1 << 20  # characters that a process gets at once
 SMALL = 4 * BATCH  # a corpus below this is not worth the start of processes
-BLOCK = 1 << 14  # characters of plain text that stay together
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class Frequencies:
         Raises:
             ShearingError: it cannot be read, or was counted with another tokenizer or for another size.
         """
+        found = read_json(path, "token frequencies")
         try:
-            read = cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            read = cls(**found)
+        except TypeError as error:
             raise ShearingError(f"token frequencies {path} cannot be read: {error}") from error
+        if not isinstance(read.counts, list) or not all(type(n) is int and n >= 0 for n in read.counts):
+            raise ShearingError(f"token frequencies {path} cannot be read: counts must be whole numbers from 0")
         if read.tokenizer != tokenizer or len(read.counts) != size:
             raise ShearingError(
                 f"token frequencies {path} were counted with another tokenizer ({len(read.counts)} ids)"
@@ -72,33 +76,6 @@ class Agreement:
 
     def plus(self, other: "Agreement") -> "Agreement":
         return Agreement(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-
-def documents(path: Path, field: str = "text") -> Iterator[str]:
-    """Texts of a JSONL file (plain, .gz, .zst), of a text file in blocks of lines, or of a folder of such files.
-
-    Raises:
-        ShearingError: there is no such file, or a file is damaged.
-    """
-    inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    files = [file for file in inside if file == path or file.suffix in (*SUFFIXES, ".txt")]
-    if not files or not path.exists():
-        raise ShearingError(f"corpus {path} has no file ending in .txt or {', '.join(SUFFIXES)}")
-    problems: list[str] = []
-    for file in files:
-        texts = read_documents(file, field, problems, lambda size: None) if file.suffix in SUFFIXES else _blocks(file)
-        yield from (text for text in texts if text)
-        if problems:
-            raise ShearingError("\n".join(problems))
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            while lines := file.readlines(BLOCK):
-                yield "".join(lines)
-    except UnicodeDecodeError as error:
-        raise ShearingError(f"corpus {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def count_tokens(
@@ -166,22 +143,20 @@ def _in_processes(
                 break
         if processes == 1 or len(ahead) * BATCH < SMALL:
             _codecs.clear()  # a directory's files may have changed since
-            for batch in (*ahead, *batches):
+            for batch in chain(ahead, batches):
                 yield work(*arguments, batch)
                 bar.update(len(batch))
             return
-        waiting: deque[tuple[Future[Any], int]] = deque()
         # Started afresh: a copy of this process could inherit locks that its threads hold.
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for batch in (*ahead, *batches):
-                waiting.append((pool.submit(work, *arguments, batch), len(batch)))
-                while len(waiting) > 2 * processes:
-                    future, number = waiting.popleft()
-                    yield future.result()
-                    bar.update(number)
-            for future, number in waiting:
-                yield future.result()
-                bar.update(number)
+            every = chain(ahead, batches)
+            try:
+                for batch, result in in_order(every, lambda some: pool.submit(work, *arguments, some), 2 * processes):
+                    yield result
+                    bar.update(len(batch))
+            except BrokenProcessPool as error:
+                said = f"{say}: a process was killed, usually for memory; use fewer processes"
+                raise ShearingError(said) from error
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,29 +1,28 @@
 """Reads the documents of a domain's files, in chunks that another process can parse, from any chunk on.
 
-A file is `.jsonl`, or that compressed with gzip (`.gz`) or Zstandard (`.zst`), each line an object with a
-string in the text field; or it is `.parquet` with a string column of that name (needs pyarrow).
-Problems are collected, not raised, so that one run reports them together. Where chunks end depends on the files
-alone.
+    .jsonl, .ndjson    each line an object with a string in the text field
+    .parquet           a string column of that name (needs pyarrow)
+    .txt               blocks of lines, where plain text is asked for
+
+The first and the last may be compressed with gzip (`.gz`) or Zstandard (`.zst`). Problems are collected, not raised, so
+that one run reports them together. Where chunks end depends on the files alone.
 """
 
-import gzip
-import json
-import zlib
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import zstandard
-
+from llmshearing.data.text.lines import FILE, LINE, REST, ROW, NoText, Problem, text_of
+from llmshearing.data.text.streams import DAMAGE, utf8_pieces
 from llmshearing.errors import ShearingError
 
-SUFFIXES = (".jsonl", ".gz", ".zst", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".gz", ".zst", ".parquet")
 MAX_PROBLEMS = 20
 CHUNK = 1 << 20  # bytes of lines in a chunk; longer where a line is
-PIECE = 1 << 16  # bytes of a file read at once
+BLOCK = 1 << 12  # bytes of plain text that stay together, or one line
 ROWS = 1024  # of a Parquet file in a chunk
-DAMAGE = (EOFError, OSError, zlib.error, zstandard.ZstdError)
 Advance = Callable[[int], object]
 
 
@@ -38,6 +37,16 @@ class Place(NamedTuple):
 BEGINNING = Place()
 
 
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is text as it stands, by its name."""
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix == ".txt"
+
+
+def has_documents(path: Path) -> bool:
+    """Whether a file holds documents, by its name."""
+    return path.suffix in SUFFIXES and not is_plain_text(path)
+
+
 @dataclass(frozen=True)
 class Lines:
     """Whole lines of a JSONL file; the first of them is number `first`, from 1."""
@@ -46,11 +55,42 @@ class Lines:
     first: int
     data: bytes
 
-    def texts(self, name: str, problems: list[str]) -> Iterator[str]:
+    def texts(self, name: str, problems: list[Problem]) -> Iterator[str]:
         """The non-empty texts in the field `name`; `problems` grows by what is wrong, naming file:line."""
-        for number, line in enumerate(self.data.split(b"\n"), self.first):
-            if text := _text_of(line, name, f"{self.path}:{number}", problems):
+        for number, line in enumerate(_split(self.data), self.first):
+            try:
+                text = text_of(line, name)
+            except NoText as error:
+                problems.append(Problem(f"{self.path}:{number} {error}", LINE))
+                continue
+            if text:
                 yield text
+
+
+@dataclass(frozen=True)
+class PlainLines:
+    """Whole lines of a text file; the first of them is number `first`, from 1."""
+
+    path: str
+    first: int
+    data: bytes
+
+    def texts(self, name: str, problems: list[Problem]) -> Iterator[str]:
+        """Blocks of lines that end in a newline, with CR LF and CR as such; `problems` grows by what is no UTF-8."""
+        start, end = 0, 0
+        if self.first == 1 and self.data.startswith(codecs.BOM_UTF8):
+            start = len(codecs.BOM_UTF8)
+        while start < len(self.data):
+            end = self.data.find(b"\n", min(start + BLOCK, len(self.data)) - 1) + 1 or len(self.data)
+            try:
+                text = self.data[start:end].decode("utf-8")
+            except UnicodeDecodeError as error:
+                number = self.first + self.data.count(b"\n", 0, start + error.start)
+                said = f"{self.path}:{number} is not UTF-8: {error.reason} at byte {error.start}"
+                problems.append(Problem(said, LINE))
+            else:
+                yield text.replace("\r\n", "\n").replace("\r", "\n")
+            start = end
 
 
 @dataclass(frozen=True)
@@ -61,16 +101,19 @@ class Rows:
     first: int
     column: Any
 
-    def texts(self, name: str, problems: list[str]) -> Iterator[str]:
+    def texts(self, name: str, problems: list[Problem]) -> Iterator[str]:
         """The non-empty texts; `problems` grows by what is wrong, naming file:row."""
         for number, value in enumerate(self.column, self.first):
             try:
                 text = value.as_py()
+                text = text.decode("utf-8") if isinstance(text, bytes) else text  # some writers do not say it is text
             except UnicodeDecodeError as error:
-                problems.append(f"{self.path}:{number} is not UTF-8: {error.reason} at byte {error.start}")
+                said = f"{self.path}:{number} is not UTF-8: {error.reason} at byte {error.start}"
+                problems.append(Problem(said, ROW))
                 continue
             if not isinstance(text, str):
-                problems.append(f"{self.path}:{number} has no string in column {name!r} but {type(text).__name__}")
+                said = f"{self.path}:{number} has no string in column {name!r} but {type(text).__name__}"
+                problems.append(Problem(said, ROW))
             elif text:
                 yield text
 
@@ -79,57 +122,63 @@ class Rows:
 class Chunk:
     """A piece of a file, of `size` bytes; `problems` met in reading it, after its content; where the next begins."""
 
-    content: Lines | Rows | None
+    content: Lines | PlainLines | Rows | None
     size: int
     following: Place
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
-    def texts(self, name: str, problems: list[str]) -> Iterator[str]:
+    def texts(self, name: str, problems: list[Problem]) -> Iterator[str]:
         """The non-empty texts of the field or column `name`; `problems` grows by what is wrong."""
         if self.content is not None:
             yield from self.content.texts(name, problems)
         problems += self.problems
 
 
-def read_documents(path: Path, name: str, problems: list[str], advance: Advance) -> Iterator[str]:
-    """Yield the non-empty texts of one file; append to `problems` what is wrong, naming file:line.
+def read_chunks(
+    files: Sequence[Path], name: str, advance: Advance, start: Place = BEGINNING, *, plain_text: bool = False
+) -> Iterator[Chunk]:
+    """The chunks of all files in their order, from `start` on, which must be where an earlier one ended.
 
-    `advance(n)` is told the bytes of the file as they are consumed. A file that cannot be read any further ends there.
+    plain_text: the files are text as they stand, whatever their names say.
     """
-    for chunk in read_chunks([path], name, advance):
-        yield from chunk.texts(name, problems)
-
-
-def read_chunks(files: Sequence[Path], name: str, advance: Advance, start: Place = BEGINNING) -> Iterator[Chunk]:
-    """The chunks of all files in their order, from `start` on, which must be where an earlier one ended."""
     for number in range(start.file, len(files)):
         place = start if number == start.file else Place(number)
-        if files[number].suffix == ".parquet":
+        if files[number].suffix == ".parquet" and not plain_text:
             yield from _row_chunks(files[number], name, place, advance)
         else:
-            yield from _line_chunks(files[number], place, advance)
+            yield from _line_chunks(files[number], place, advance, PlainLines if plain_text else Lines)
 
 
-def _line_chunks(path: Path, place: Place, advance: Advance) -> Iterator[Chunk]:
+def _line_chunks(path: Path, place: Place, advance: Advance, kind: type[Lines | PlainLines]) -> Iterator[Chunk]:
     with path.open("rb") as raw:
         told = 0
-        blocks = _whole_lines(_pieces(path, raw, place.offset))
+        blocks = _whole_lines(utf8_pieces(path, raw, place.offset))
         while True:
             try:
                 data = next(blocks, b"")
             except DAMAGE as error:
-                problem = f"{path} cannot be decompressed after line {place.lines}: {error}"
-                yield Chunk(None, 0, Place(place.file + 1), [problem])
+                how = "decompressed" if path.suffix in (".gz", ".zst") else "read"
+                said = f"{path} cannot be {how} after line {place.lines}: {error}"
+                yield Chunk(None, 0, Place(place.file + 1), [Problem(said, REST if place.lines else FILE)])
                 return
             if not data:
                 break
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             following = Place(place.file, place.offset + len(data), place.lines + lines)
-            yield Chunk(Lines(str(path), place.lines + 1, data), len(data), following)
+            yield Chunk(kind(str(path), place.lines + 1, data), len(data), following)
             advance(raw.tell() - told)
             told, place = raw.tell(), following
     if place.lines == 0:
-        yield Chunk(None, 0, Place(place.file + 1), [f"{path} is empty once decompressed"])
+        yield Chunk(None, 0, Place(place.file + 1), [Problem(f"{path} is empty once decompressed", FILE)])
+
+
+def _split(data: bytes) -> Iterator[bytes]:
+    """The lines, one after another: a list of them would hold a long one twice."""
+    start = 0
+    while (end := data.find(b"\n", start)) >= 0:
+        yield data[start:end]
+        start = end + 1
+    yield data[start:]
 
 
 def _whole_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -152,35 +201,6 @@ def _whole_lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
         raise
     if waiting:
         yield bytes(waiting)
-
-
-def _pieces(path: Path, raw: BinaryIO, skip: int) -> Iterator[bytes]:
-    """The decompressed bytes of a file from byte `skip` on."""
-    if path.suffix == ".gz":
-        file = gzip.GzipFile(fileobj=raw)
-        pieces = iter(lambda: file.read(PIECE), b"")
-    elif path.suffix == ".zst":
-        pieces = _zstandard(raw)
-    else:
-        raw.seek(skip)
-        skip, pieces = 0, iter(lambda: raw.read(PIECE), b"")
-    for piece in pieces:
-        if len(piece) > skip:
-            yield piece[skip:]
-        skip = max(0, skip - len(piece))
-
-
-def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame; zstandard's own reader takes a file that ends inside one for whole."""
-    frame = None
-    while data := raw.read(PIECE):
-        while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends inside a frame")
 
 
 def _row_chunks(path: Path, name: str, place: Place, advance: Advance) -> Iterator[Chunk]:
@@ -211,32 +231,4 @@ def _row_chunks(path: Path, name: str, place: Place, advance: Advance) -> Iterat
     except (pyarrow.ArrowException, OSError) as error:
         problem = f"{path} cannot be read after row {row}: {error}"
     if problem:
-        yield Chunk(None, 0, Place(place.file + 1), [problem])
-
-
-def _text_of(line: bytes, name: str, where: str, problems: list[str]) -> str | None:
-    """The text in one line; None for a blank line or a problem, "" for an empty document."""
-    if not line or line.isspace():
-        return None
-    try:
-        document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        problems.append(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
-        return None
-    except json.JSONDecodeError as error:
-        problems.append(f"{where} is not JSON: {error.msg} at column {error.colno}")
-        return None
-    except RecursionError:
-        problems.append(f"{where} is not JSON that can be read: nested too deeply")
-        return None
-    text = document.get(name) if isinstance(document, dict) else None
-    if not isinstance(text, str):
-        keys = sorted(document) if isinstance(document, dict) else type(document).__name__
-        problems.append(f"{where} has no string in field {name!r}; it has {keys}")
-        return None
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        problems.append(f"{where} has a lone surrogate in field {name!r}, which is no text")
-        return None
-    return text
+        yield Chunk(None, 0, Place(place.file + 1), [Problem(problem, REST if row else FILE)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import as_plain_text, load_file
 from llmshearing.errors import ShearingError
 
@@ -99,7 +100,7 @@ def _from_json(path: Path) -> tuple[Any, str | None, str | None]:
     backend = load_file(path)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path.parent / name).is_file():
-            names = json.loads((path.parent / name).read_text())
+            names = read_json(path.parent / name, "tokenizer")
             bos, eos = (_content(names.get(key)) for key in ("bos_token", "eos_token"))
             if bos or eos:
                 return backend, bos, eos

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from llmshearing.data.text import frequencies
 from llmshearing.data.text.codec import Codec
-from llmshearing.data.text.frequencies import Frequencies, compare, count_tokens, documents
+from llmshearing.data.text.corpus import corpus_texts
+from llmshearing.data.text.frequencies import Frequencies, compare, count_tokens
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.fold.fold import fold
@@ -34,7 +35,7 @@ def source(request, tmp_path_factory):
     if request.param == "lab":
         if not LAB.is_dir():
             pytest.skip(f"no lab at {LAB} (set LAB)")
-        folder, texts = LAB / "tokenizer", documents(LAB / "corpus" / "eval")
+        folder, texts = LAB / "tokenizer", corpus_texts(LAB / "corpus" / "eval")
     else:
         train_byte_level(folder) if request.param == "byte-level" else train_sentencepiece(folder, request.param)
         texts = corpus()
@@ -87,7 +88,7 @@ def test_any_text_comes_back_with_kept_ids(cut, texts):
 
 def test_documents_come_back(cut):
     folder = cut[0]
-    assert_agrees(cut, list(documents(LAB / "corpus" / "eval")) if folder == LAB / "tokenizer" else corpus())
+    assert_agrees(cut, list(corpus_texts(LAB / "corpus" / "eval")) if folder == LAB / "tokenizer" else corpus())
 
 
 def test_what_must_stay_stays_and_pieces_can_still_be_made(cut):
@@ -196,11 +197,11 @@ def test_model_config_and_chat_template_follow(tmp_path, tied):
 def test_slow_and_fast_tokenizers_of_the_lab_agree(tmp_path):
     if not LAB.is_dir():
         pytest.skip(f"no lab at {LAB} (set LAB)")
-    counts = count_tokens(LAB / "tokenizer", documents(LAB / "corpus" / "eval" / "wiki"), 4096, processes=1).counts
+    counts = count_tokens(LAB / "tokenizer", corpus_texts(LAB / "corpus" / "eval" / "wiki"), 4096, processes=1).counts
     kept = keep(2000, read_tokenizers(LAB / "tokenizer", 4096), counts, set())
     write_tokenizer(LAB / "tokenizer", {old: rank for rank, old in enumerate(kept)}, tmp_path)
     fast, slow = (AutoTokenizer.from_pretrained(tmp_path, use_fast=use) for use in (True, False))
-    for text in list(documents(LAB / "corpus" / "eval" / "code"))[:5]:
+    for text in list(corpus_texts(LAB / "corpus" / "eval" / "code"))[:5]:
         assert fast.encode(text) == slow.encode(text)
         assert fast.decode(fast.encode(text), skip_special_tokens=True) == text
 

@@ -115,7 +115,7 @@ class TokenizerJson:
             pieces: dict[str, int] = model["vocab"]
             added = {token["content"]: token["id"] for token in self.data.get("added_tokens") or ()}
             self._merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model.get("merges") or ()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShearingError(f"tokenizer {path} is not what tokenizers writes for BPE: {error!r}") from error
         affixes = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
         if model.get("type", "BPE") != "BPE" or affixes:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.data.text.codec import Codec
-from llmshearing.data.text.frequencies import Agreement, Frequencies, compare, count_tokens, documents
+from llmshearing.data.text.corpus import corpus_texts
+from llmshearing.data.text.frequencies import Agreement, Frequencies, compare, count_tokens
 from llmshearing.errors import ShearingError
 from llmshearing.families.names import VOCAB
 from llmshearing.families.table import Table
@@ -79,7 +80,7 @@ def choose(
         if corpus is None:
             log.warning("warning: the new tokenizer is not checked: give --corpus")
         else:
-            agreement = check(directory, folder, len(kept), documents(Path(corpus), corpus_field), processes)
+            agreement = check(directory, folder, len(kept), corpus_texts(Path(corpus), corpus_field), processes)
     special = added.union(*(tokens.special for tokens in tokenizers))
     return Choice(
         selection=Selection({KIND: (Units(torch.tensor(kept)),)}),
@@ -99,7 +100,7 @@ def _frequencies(
     if corpus is None:
         missing = f"{file} does not exist, and there is no --corpus" if file else "give --corpus, or a file of them"
         raise ShearingError(f"token frequencies: {missing}")
-    texts = documents(Path(corpus), field)
+    texts = corpus_texts(Path(corpus), field)
     found = count_tokens(directory, texts, size, corpus=str(corpus), processes=processes)
     if file is not None:
         found.save(Path(file))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import load_file
 from llmshearing.errors import ShearingError
 from llmshearing.prune.methods.vocabulary.files import READERS
@@ -19,13 +20,15 @@ COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json"
 
 def added_ids(directory: Path) -> set[int]:
     """Ids of tokens that transformers adds to a tokenizer's own, and that its files may not know."""
-    found: set[int] = set()
+    found: set[Any] = set()
     if (directory / ADDED).is_file():
-        found |= set(json.loads((directory / ADDED).read_text(encoding="utf-8")).values())
+        found |= set(read_json(directory / ADDED, "tokenizer").values())
     if (directory / CONFIG).is_file():
-        data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        found |= {int(number) for number in data.get("added_tokens_decoder") or ()}
-    return found
+        found |= set(read_json(directory / CONFIG, "tokenizer").get("added_tokens_decoder") or ())
+    try:
+        return {int(number) for number in found}
+    except (ValueError, TypeError) as error:
+        raise ShearingError(f"tokenizer {directory}: an added token has no whole number as its id: {error}") from None
 
 
 def write_tokenizer(directory: Path, new: Mapping[int, int], folder: Path) -> None:
@@ -53,7 +56,7 @@ def write_tokenizer(directory: Path, new: Mapping[int, int], folder: Path) -> No
 
 def _rewrite(directory: Path, folder: Path, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if (directory / name).is_file():
-        data = change(json.loads((directory / name).read_text(encoding="utf-8")))
+        data = change(read_json(directory / name, "tokenizer"))
         (folder / name).write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
