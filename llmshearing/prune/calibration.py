@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, FOR_PRUNE, split_of
 from llmshearing.data.text.corpus import corpus_texts
+from llmshearing.data.text.long import LONG, encode_long
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def _from_text(path: Path, tokenizer: Path | str, length: int, options: Sequence
     for text in corpus_texts(path, options.text_field, what="calibration", in_turn=True):
         part = split_of(text, 0, REPORT_FRACTION, 1 - REPORT_FRACTION)
         if len(streams[part]) < wanted[part]:
-            ids = encoder(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = _ids(encoder, text)
             streams[part] += [i for i in (encoder.bos_token_id, *ids, encoder.eos_token_id) if i is not None]
         elif all(len(streams[other]) >= wanted[other] for other in wanted):
             break
@@ -168,6 +169,12 @@ def _from_text(path: Path, tokenizer: Path | str, length: int, options: Sequence
     select, report = (packed[part].view(-1, length)[: wanted[part] // length] for part in (FOR_PRUNE, EVAL))
     held_out = f"{REPORT_FRACTION:.0%} of the documents of {path} by hash"
     return Calibration(select, report, f"the other documents of {path}", held_out, options.batch_size)
+
+
+def _ids(encoder: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if encoder.is_fast and len(text) > LONG:
+        return encode_long(encoder.backend_tokenizer, text)
+    return encoder(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _tokenizer(path: Path | str) -> PreTrainedTokenizerBase:

@@ -8,6 +8,11 @@ of them at a time, and shuffles the samples inside such a window:
 Both steps are bijections, so a pass gives every sample once. At any time only WINDOW (+ 1, where the short last
 block lies inside) blocks are being read. Numbers come from splitmix64 (Steele, Lea & Flood 2014) as a hash, so the
 order is the same for every numpy version and platform.
+
+Why two permutations: blocks have no upper bound, and a pass must start at any place of them at once, so theirs is
+computed point by point, with its inverse (10^7 blocks laid out by `shuffled` take 4 s and 230 MB; a point takes 18 us).
+A window is bounded, and each of its places is asked for, so it is laid out once, at 0.3 us a sample. Using either for
+both would also move every sample of runs that are under way.
 """
 
 import zlib

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llmshearing.data.text.long import encode_all
 from llmshearing.errors import ShearingError
 
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -33,7 +34,7 @@ class Codec:
         """Ids without BOS and EOS."""
         if self.path.suffix == ".model":
             return self.model.encode(texts, out_type=int)
-        return [encoded.ids for encoded in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        return encode_all(self.model, texts)
 
     def decode(self, ids: list[int]) -> str:
         return (

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import as_plain_text, load_file
+from llmshearing.data.text.long import encode_all
 from llmshearing.errors import ShearingError
 
 # BOS, EOS of widely used models, tried in this order where a bare tokenizer.json does not say which they are
@@ -40,7 +41,7 @@ class TextTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without BOS and EOS. On all cores, or on one where TOKENIZERS_PARALLELISM is false."""
         if hasattr(self.backend, "encode_batch_fast"):
-            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return encode_all(self.backend, texts)
         threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
         return self.backend.encode(texts, out_type=int, num_threads=threads)
 
