@@ -81,7 +81,7 @@ def read_calibration(
     """Read both parts.
 
     Args:
-        path: directory of the data command, MDS directory, JSONL or text file, or folder of such files.
+        path: directory of the data command, or another with MDS directories, JSONL or text file, or folder of such.
         tokenizer: directory of the model. vocab_size, longest: the model's; ``longest`` in tokens.
 
     Raises:
@@ -121,6 +121,11 @@ def _from_mds(path: Path, vocab_size: int, options: SequenceOptions) -> Calibrat
 
 
 def _directories(path: Path, split: str) -> list[Path]:
+    if (path / "index.json").is_file():
+        raise ShearingError(
+            f"calibration {path} is one MDS directory, which cannot both choose and report; give the folder above it, "
+            "with --select_split and --report_split"
+        )
     root = path / split
     if (root / "index.json").is_file():
         return [root]
@@ -179,6 +184,6 @@ def _ids(encoder: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=Path(path).exists())
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=Path(path).exists(), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for broken or absent tokenizers
         raise ShearingError(f"the tokenizer of {path} cannot be loaded, so text cannot be read: {error}") from error

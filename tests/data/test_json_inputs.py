@@ -11,6 +11,7 @@ from llmshearing.data.mixture.target_loss import read_models, source_losses
 from llmshearing.data.text.frequencies import Frequencies
 from llmshearing.data.text.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
+from llmshearing.prune.methods.vocabulary.files import TokenizerJson
 from llmshearing.prune.methods.vocabulary.write import added_ids
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -79,3 +80,60 @@ def test_an_added_token_without_a_number(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<x>": "seven"}')
     with pytest.raises(ShearingError, match="no whole number as its id"):
         added_ids(tmp_path)
+
+
+@given(indent=st.sampled_from([None, 2]), ascii_only=st.booleans(), pairs=st.booleans(), backwards=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tokenizer_spelled_otherwise_is_the_same(tmp_path, tokenizer_file, indent, ascii_only, pairs, backwards):
+    plain = json.loads(tokenizer_file.read_bytes())
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in plain["model"]["merges"]]
+    odd = plain | {"model": plain["model"] | {"merges": merges if pairs else [" ".join(pair) for pair in merges]}}
+    odd = dict(reversed(odd.items())) if backwards else odd
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(odd, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
+    one, other = load_tokenizer(tokenizer_file), load_tokenizer(path)
+    texts = ["the model sheds heads", "café </s> \0 \U0001f600", ""]
+    assert (one.encode(texts), one.bos_id, one.eos_id) == (other.encode(texts), other.bos_id, other.eos_id)
+    assert one.fingerprint == other.fingerprint and TokenizerJson(path).ids == TokenizerJson(tokenizer_file).ids
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"padding": {"pad_id": 9999}}, r"name ids \[9999\] of no token"),
+        ({"post_processor": {"special_tokens": {"<s>": {"ids": [777]}}}}, r"name ids \[777\] of no token"),
+        ({"post_processor": {"processors": [{"sep": ["</s>", 778], "cls": ["<s>", 0]}]}}, r"name ids \[778\]"),
+        ({"model": {"vocab": {"a": "0"}, "merges": []}, "added_tokens": []}, "no vocabulary of whole numbers"),
+        ({"model": {"vocab": {}, "merges": []}, "added_tokens": []}, "no vocabulary of whole numbers"),
+        ({"padding": {}, "post_processor": {"special_tokens": {"<s>": {}}}}, "is not what tokenizers writes"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_cut(tmp_path, tokenizer_file, change, said):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(tokenizer_file.read_bytes()) | change))
+    with pytest.raises(ShearingError, match=said):
+        TokenizerJson(path)
+
+
+def test_an_id_that_the_post_processor_adds_stays(tmp_path, tokenizer_file):
+    data = json.loads(tokenizer_file.read_bytes())
+    common = max(data["model"]["vocab"].values())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data | {"post_processor": {"special_tokens": {"x": {"ids": [common]}}}}))
+    assert common in TokenizerJson(path).must and common not in TokenizerJson(tokenizer_file).must
+
+
+def test_numbers_that_no_float_holds_are_no_losses(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": ' + "9" * 400 + "}")
+    with pytest.raises(ShearingError, match="has no loss of"):
+        source_losses(path, ["a"])
+    path.write_text('[{"parameters": ' + "9" * 400 + ', "losses": {"a": 1}}]')
+    with pytest.raises(ShearingError, match="no positive number in 'parameters'"):
+        read_models(path)
+
+
+def test_special_tokens_of_another_kind_are_none(tmp_path, tokenizer_file):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 5, "eos_token": ["</s>"]}')
+    assert load_tokenizer(tmp_path / "tokenizer.json").bos_id == 0  # as where nothing is said: by their usual names

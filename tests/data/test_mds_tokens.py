@@ -1,5 +1,6 @@
 """Ids in MDS shards that other tools wrote: every way of storing them gives the same ids, or is refused and named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,34 @@ def test_arrays_that_are_no_row_of_ids_are_refused(tmp_path):
             writer.write({"tokens": tokens, "set": "web"})
         with pytest.raises(ShearingError, match=said):
             MdsDirectory(tmp_path / name, 16, 400)
+
+
+@given(
+    compression=st.sampled_from([None, "zstd", "gz"]), more=st.booleans(), indent=st.sampled_from([None, 2]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig"]), hashes=st.booleans(), backwards=st.booleans(),
+    dtype=st.sampled_from(BYTES), array=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_an_odd_directory_is_its_sequences(
+    tmp_path_factory, compression, more, indent, encoding, hashes, backwards, dtype, array
+):
+    rows = np.random.default_rng(1).integers(2, 400, (30, 16))
+    folder = tmp_path_factory.mktemp("odd") / "a"
+    columns = {"tokens": f"ndarray:{np.dtype(dtype).name}" if array else "bytes", "set": "str"}
+    columns |= {"another": "int"} if more else {}
+    settings = {"compression": compression, "hashes": ["sha1"] if hashes else [], "size_limit": 700}
+    with MDSWriter(out=str(folder), columns=columns, **settings) as writer:
+        for row in rows:
+            stored = row.astype(dtype)
+            writer.write({"tokens": stored if array else stored.tobytes(), "set": "web", "another": 7})
+    index = json.loads((folder / "index.json").read_text())
+    index = dict(reversed(index.items())) if backwards else index
+    (folder / "index.json").write_text(json.dumps(index, indent=indent), encoding=encoding)
+    directory = MdsDirectory(folder, 16, 400)
+    assert np.array_equal(np.stack([directory[i][0] for i in range(30)]), rows) and directory.names() == ["web"] * 30
+
+
+def test_calibration_needs_two_parts(tmp_path):
+    folder = write(tmp_path / "a", np.ones((3, 16), int), "<u2")
+    with pytest.raises(ShearingError, match="is one MDS directory, which cannot both choose and report"):
+        read_calibration(folder, folder, 400, 64, SequenceOptions())

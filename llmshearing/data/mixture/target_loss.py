@@ -20,6 +20,7 @@ from llmshearing.data.json_file import read_json
 from llmshearing.errors import ShearingError
 
 EXPONENTS = np.geomspace(1e-3, 3, 400)  # searched for b; 0.34 for Chinchilla (arXiv:2203.15556)
+LARGEST = 1e300  # of a size or a loss: JSON spells whole numbers that no float holds
 REFINEMENTS = 4  # narrowings of that search, each by a factor of 100
 
 
@@ -95,7 +96,7 @@ def _by_domain(found: Any, set_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def read_models(path: Path) -> tuple[list[float], list[str], np.ndarray]:

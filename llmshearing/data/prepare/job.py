@@ -22,6 +22,7 @@ from llmshearing.data.prepare.options import Options
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, Packer
 from llmshearing.data.prepare.progress import Progress
 from llmshearing.data.prepare.writing import Layout, PartWriter, merge
+from llmshearing.data.text.lines import LINE
 from llmshearing.data.text.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
 from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
@@ -66,7 +67,9 @@ class Domain:
             self.packers[split].restore(saved["packer"])
             self.writers[split].shards = saved["shards"]
         self.place, self.done = Place(*state["place"]), state["done"]
-        self.skipped, self.first_skipped = Counter(state["skipped"]["what"]), state["skipped"]["first"]
+        skipped = state["skipped"]  # an interrupted run of an older version knows only how many
+        self.skipped = Counter(skipped.get("what", [LINE] * skipped["count"]))
+        self.first_skipped = skipped["first"]
 
 
 @dataclass

@@ -89,7 +89,7 @@ def _from_directory(path: Path) -> tuple[Any, str | None, str | None]:
     from transformers import AutoTokenizer  # slow to import, and not needed for the other kinds
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(path), use_fast=True, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(path), use_fast=True, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for broken or foreign directories
         raise ShearingError(f"tokenizer {path} cannot be loaded: {error}") from error
     if not loaded.is_fast:
@@ -112,7 +112,8 @@ def _from_json(path: Path) -> tuple[Any, str | None, str | None]:
 
 
 def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _from_backend(path: Path, backend: Any, bos: str | None, eos: str | None) -> TextTokenizer:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +115,7 @@ class TokenizerJson:
             pieces: dict[str, int] = model["vocab"]
             added = {token["content"]: token["id"] for token in self.data.get("added_tokens") or ()}
             self._merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model.get("merges") or ()]
+            named = set(_named(self.data))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShearingError(f"tokenizer {path} is not what tokenizers writes for BPE: {error!r}") from error
         affixes = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
@@ -122,10 +123,14 @@ class TokenizerJson:
             what = f"BPE with {affixes[0]}" if affixes else f"a {model['type']} model"
             raise ShearingError(f"tokenizer {path}: only plain BPE can be cut, this is {what}")
         self.ids = {**pieces, **added}
+        if not self.ids or not all(type(number) is int and number >= 0 for number in self.ids.values()):
+            raise ShearingError(f"tokenizer {path} has no vocabulary of whole numbers")
         self.special = set(added.values())
         unknown = {pieces[model["unk_token"]]} if model.get("unk_token") in pieces else set()
         single = {i for piece, i in pieces.items() if len(piece) == 1 or _BYTE.fullmatch(piece)}
-        self.must = self.special | unknown | single
+        if lost := named - set(self.ids.values()):
+            raise ShearingError(f"tokenizer {path}: padding or post_processor name ids {sorted(lost)} of no token")
+        self.must = self.special | unknown | single | named
         self._ranks = {pair: rank for rank, pair in enumerate(self._merges)}
         self._piece_of = {number: piece for piece, number in pieces.items()}
 
@@ -150,6 +155,19 @@ class TokenizerJson:
             data["padding"]["pad_id"] = new[data["padding"]["pad_id"]]
         _renumber_processor(data.get("post_processor"), new)
         return json.dumps(data, ensure_ascii=False, indent=2).encode()
+
+
+def _named(data: Mapping[str, Any]) -> Iterator[int]:
+    """Ids that padding and the post-processor put beside a text."""
+    if data.get("padding"):
+        yield data["padding"]["pad_id"]
+    waiting = [data.get("post_processor")]
+    while waiting:
+        if processor := waiting.pop():
+            waiting += processor.get("processors") or ()
+            for token in (processor.get("special_tokens") or {}).values():
+                yield from token["ids"]
+            yield from (processor[name][1] for name in ("sep", "cls") if name in processor)
 
 
 def _renumber_processor(processor: dict[str, Any] | None, new: Mapping[int, int]) -> None:
