@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmshearing.checkpoints.arguments import check_facts
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, save_checkpoint
+from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
@@ -123,8 +124,8 @@ def _generation(name: Path | str, config: PretrainedConfig) -> GenerationConfig:
     """The model's own, or, where it has none, the one that transformers makes from its config."""
     try:
         return GenerationConfig.from_pretrained(str(name))
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    except Exception:  # OSError where it has none; many other kinds where it is damaged or odd: it is only passed on
+        return writable(None, config)
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:

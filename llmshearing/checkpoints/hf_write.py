@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from transformers import GenerationConfig, PretrainedConfig
 from llmshearing.checkpoints.arguments import LABEL
 from llmshearing.checkpoints.card import model_card, tokenizer_of
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
+from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks_local, model_class
 from llmshearing.checkpoints.output import TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
+from llmshearing.storage.dtypes import cast, main_dtype
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def write_hf_directory(
     config: PretrainedConfig,
     directory: Path | str,
     *,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype] | None = None,
     tokenizer: Path | str | None = None,
     tokenizer_required: bool = True,
     card: str | None = None,
@@ -102,7 +103,8 @@ def write_hf_directory(
 
     Args:
         weights: every tensor of the model by its name in transformers; of lazy ones, one at a time is made.
-        dtype: None keeps each tensor's. tokenizer: directory, file, or name on the hub; None writes none and warns.
+        dtype: of all tensors, or of each by name; None keeps each tensor's.
+        tokenizer: directory, file, or name on the hub; None writes none and warns.
         tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
         card: text of README.md. generation_config: None makes one from the config.
         extra: writes further files into the folder before it gets its name.
@@ -114,16 +116,17 @@ def write_hf_directory(
     table = table_for(config)
     entries = lazily(weights).entries
     table.check({name: value.shape for name, value in entries.items()})
-    wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     once = {name: entries[name] for name, spec, _ in table.instances() if spec.alias is None}
-    config.dtype = wanted or Counter(value.dtype for value in once.values()).most_common(1)[0][0]
+    wanted = _wanted(once, dtype)
+    config.dtype = main_dtype(wanted)
+    settings = writable(generation_config, config)
     config.architectures = config.architectures or [model_class(config)]
     if table.head_dim_key:
         setattr(config, table.head_dim_key, table.head_dim)
     with new_directory(directory, overwrite) as folder:
-        _write_shards({name: _cast(value, wanted) for name, value in once.items()}, folder, max_shard_size)
+        _write_shards({name: _cast(name, value, wanted[name]) for name, value in once.items()}, folder, max_shard_size)
         config.save_pretrained(folder)
-        _generation(generation_config, config).save_pretrained(folder)
+        settings.save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
         (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
         if extra is not None:
@@ -134,10 +137,20 @@ def write_hf_directory(
     return directory
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
-    if dtype is None or dtype == tensor.dtype:
+def _wanted(
+    tensors: Mapping[str, LazyTensor], dtype: torch.dtype | str | Mapping[str, torch.dtype] | None
+) -> dict[str, torch.dtype]:
+    """The dtype to write each tensor in."""
+    if isinstance(dtype, Mapping):
+        return {name: dtype.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    one = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return {name: one or tensor.dtype for name, tensor in tensors.items()}
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    if dtype == tensor.dtype:
         return tensor
-    return LazyTensor(tensor.shape, dtype, lambda: tensor.make().to(dtype))
+    return LazyTensor(tensor.shape, dtype, lambda: cast(name, tensor.make(), dtype))
 
 
 def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str) -> None:
@@ -150,12 +163,6 @@ def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_siz
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _generation(given: GenerationConfig | Mapping[str, Any] | None, config: PretrainedConfig) -> GenerationConfig:
-    if given is None:
-        return GenerationConfig.from_model_config(config)
-    return given if isinstance(given, GenerationConfig) else GenerationConfig.from_dict(dict(given))
 
 
 def _tokenizer(tokenizer: Path | str | None, required: bool, folder: Path, directory: Path) -> None:

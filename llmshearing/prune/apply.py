@@ -15,83 +15,122 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.card import model_card
 from llmshearing.checkpoints.checkpoint import CheckpointInfo
-from llmshearing.checkpoints.hf_read import build_model, load_hf_model
+from llmshearing.checkpoints.generation import writable
+from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
 from llmshearing.checkpoints.output import REPORT, SELECTION, new_directory
 from llmshearing.errors import ShearingError
-from llmshearing.families import DEFAULT, FAMILIES
+from llmshearing.families import FAMILIES
+from llmshearing.families.layers import kept_entries
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
-from llmshearing.fold.fold import fold_lazily, folded_config
+from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.padding import padded
 from llmshearing.fold.selection import save_selection
+from llmshearing.prune.layers import check_followed, check_written
 from llmshearing.prune.methods import Choice
+from llmshearing.storage.dtypes import cast, main_dtype
 
 
 @dataclass(frozen=True)
 class Result:
-    """model: float32, holding values of the stored dtype; its config is the one to write."""
+    """model: float32, holding values of the stored dtypes; its config is the one to write. dtypes: of its tensors."""
 
     model: PreTrainedModel
     generation: GenerationConfig | None
+    dtypes: dict[str, torch.dtype]
 
 
-def folded(source: PreTrainedModel, table: Table, choice: Choice, dtype: torch.dtype, pad: bool) -> Result:
-    """The model that a choice folds to; pad: in layers of one size (see `llmshearing.fold.padding`)."""
+def folded(
+    source: PreTrainedModel, table: Table, choice: Choice, dtypes: Mapping[str, torch.dtype], pad: bool
+) -> Result:
+    """The model that a choice folds to, each tensor rounded to the dtype that it was stored in.
+
+    Args:
+        dtypes: of the source's stored tensors, by name. pad: in layers of one size (see `llmshearing.fold.padding`).
+
+    Raises:
+        ShearingError: a value does not fit its dtype.
+    """
     values = {**folded_config(source.config.to_dict(), table, choice.selection), **choice.config}
+    main, kept = main_dtype(dtypes), {}
+    for name, new_name, _, _ in renamed(table, choice.selection):
+        kept[new_name] = dtypes.get(name, main)
     with torch.no_grad():
         makers = fold_lazily(source.state_dict(), table, choice.selection)
-        stored = {name: make().to(dtype).float() for name, make in makers}
+        stored = {name: cast(name, make(), kept[name]).float() for name, make in makers}
     if pad:
         stored, values = padded(stored, values)
-    return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice))
+    return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice), kept)
 
 
-def shortened(source: PreTrainedModel, table: Table, choice: Choice) -> Result:
-    """A decoder without a table, less the closed layers. Changes ``source``."""
+def check_layers(config: PretrainedConfig, table: Table, kept: list[int], path: str) -> None:
+    """Refuse to keep layers of a decoder without a table that its config cannot describe.
+
+    Raises:
+        ShearingError: see :func:`llmshearing.prune.layers.check_followed`.
+    """
+    values = config.to_dict()
+    followed = type(config).from_dict({**values, **kept_entries(values, kept, table.layers_key)})
+    check_followed(config, followed, path, kept, table.layers_key)
+
+
+def shortened(source: PreTrainedModel, table: Table, choice: Choice, dtypes: Mapping[str, torch.dtype]) -> Result:
+    """A decoder without a table, less the closed layers, in the dtype of most of its tensors. Changes ``source``.
+
+    Raises:
+        ShearingError: the config cannot describe the layers that stay, or a value does not fit the dtype.
+    """
     path = choice.about["model_decoder_layers"]
     kept = choice.selection.kept_layers(table.layers)
+    check_layers(source.config, table, kept, path)
     parent, _, name = path.rpartition(".")
     layers = source.get_submodule(path)
     setattr(source.get_submodule(parent), name, nn.ModuleList([layers[layer] for layer in kept]))
-    entries = DEFAULT.kept_config(source.config.to_dict(), kept)
-    for key, value in {**entries, table.layers_key: len(kept)}.items():
+    for key, value in kept_entries(source.config.to_dict(), kept, table.layers_key).items():
         setattr(source.config, key, value)
-    return Result(source, _generation(source, choice))
+    dtype = main_dtype(dtypes)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            parameter.copy_(cast(name, parameter, dtype))
+    return Result(source, _generation(source, choice), dict.fromkeys(source.state_dict(), dtype))
 
 
 def _generation(source: PreTrainedModel, choice: Choice) -> GenerationConfig | None:
-    if source.generation_config is None:
-        return None
-    return GenerationConfig.from_dict({**source.generation_config.to_dict(), **choice.generation})
+    given = source.generation_config
+    return writable({**given.to_dict(), **choice.generation} if given is not None else None, source.config)
 
 
 def write(
     result: Result,
     directory: Path,
-    dtype: torch.dtype,
     choice: Choice,
     record: Mapping[str, Any],
     *,
     tokenizer: Path | str,
     overwrite: bool,
 ) -> None:
-    """Write model, tokenizer, selection and record under a temporary name, then rename."""
+    """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
+
+    Raises:
+        ShearingError: what was written is another function than the model; nothing is kept.
+    """
 
     def extra(folder: Path) -> None:
+        check_written(folder, result.model)
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
 
     config = result.model.config
     if config.model_type not in FAMILIES:
-        _write_plain(result, directory, dtype, tokenizer, overwrite, extra)
+        _write_plain(result, directory, tokenizer, overwrite, extra)
         return
     info = CheckpointInfo(_plain(config), history=list(record["history"]))
     write_hf_directory(
         result.model.state_dict(),
         config,
         directory,
-        dtype=dtype,
+        dtype=result.dtypes,
         tokenizer=tokenizer,
         tokenizer_required=choice.write_tokenizer is not None,
         card=model_card(info, name=directory.resolve().name),
@@ -106,12 +145,18 @@ def _plain(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _write_plain(
-    result: Result, directory: Path, dtype: torch.dtype, tokenizer: Path | str, overwrite: bool, extra: Any
+    result: Result, directory: Path, tokenizer: Path | str, overwrite: bool, extra: Any
 ) -> None:
-    """A model without a table, by transformers' own writer; loaded again, strictly, before it gets its name."""
+    """A model without a table, by transformers' own writer."""
+    model, buffers = result.model, {name: value.clone() for name, value in result.model.named_buffers()}
+    for name in getattr(model.config, "_get_non_default_generation_parameters", dict)():
+        setattr(model.config, name, None)  # transformers would move it to the settings that it then refuses to write
+    model.generation_config = result.generation
     with new_directory(directory, overwrite) as folder:
-        result.model.to(dtype).save_pretrained(folder)
+        model.to(main_dtype(result.dtypes)).save_pretrained(folder)
+        model.float()
+        for name, value in model.named_buffers():  # such as rotary frequencies, which no dtype may round
+            value.copy_(buffers[name])
         extra(folder)
-        load_hf_model(folder)
         with contextlib.suppress(ShearingError):  # a model may have none
             copy_tokenizer(tokenizer, folder)

@@ -30,13 +30,15 @@ from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
-from llmshearing.prune.apply import folded, shortened, write
+from llmshearing.prune.apply import check_layers, folded, shortened, write
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
 from llmshearing.prune.targets import DROP, Target, resolve_target
+from llmshearing.storage import open_weights
+from llmshearing.storage.dtypes import main_dtype
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +94,22 @@ def prune(
     data = _calibration(calibration, model, plan.config, sequences)
     if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
+    dtypes = {name: tensor.dtype for name, tensor in open_weights(model).entries.items()}
+    dtype = main_dtype(dtypes)
     source = load_hf_model(model, torch.float32).eval()
+    _check_dropped(plan, source)
     table = plan.table if plan.table.tensors else None
     with placed(source, device, plan):
-        before = measure(source, plan.dtype, data)
+        before = measure(source, dtype, data)
         choice = plan.method.choose(source, table, plan.target.shape, data, **plan.options)
         choice = counting_energy(choice, source, table, data)
     if table:  # a method that parts tied tensors has changed the source's config
         table = table_for(source.config, plan.target.head_mode)
-    result = folded(source, table, choice, plan.dtype, pad) if table else shortened(source, plan.table, choice)
+        result = folded(source, table, choice, dtypes, pad)
+    else:
+        result = shortened(source, plan.table, choice, dtypes)
     with placed(result.model, device, plan):
-        after = measure(result.model, plan.dtype, data, choice.reencode)
+        after = measure(result.model, dtype, data, choice.reencode)
     split = data.report_name if data is not None else None
     record = {
         **{"method": method, "source": str(model), "target": dict(target), "options": plan.options, "split": split},
@@ -110,11 +117,20 @@ def prune(
         "history": [*_history(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
     }
     with _tokenizer(model, choice) as tokenizer:
-        write(result, output, plan.dtype, choice, record, tokenizer=tokenizer, overwrite=overwrite)
+        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite)
     seconds = time.perf_counter() - start
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
     return Pruned(output, before, after, seconds, choice)
+
+
+def _check_dropped(plan: Plan, source: PreTrainedModel) -> None:
+    """Refuse layers that were asked for by number before the work, where a decoder without a table cannot lose them."""
+    if plan.table.tensors or plan.target.drop_layers is None:
+        return
+    decoder = find_decoder(source, plan.options.get("model_decoder_layers"), count_key=plan.table.layers_key)
+    kept = [layer for layer in range(plan.table.layers) if layer not in plan.target.drop_layers]
+    check_layers(source.config, plan.table, kept, decoder.path)
 
 
 def counting_energy(
@@ -139,11 +155,6 @@ class Plan:
     target: Target
     options: dict[str, Any]
     one_layer: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the source is stored, and the result."""
-        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
 
 
 def make_plan(name: str, config: PretrainedConfig, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:

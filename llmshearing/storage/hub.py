@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,18 @@ from llmshearing.storage.lazy import LazyTensor, LazyTensors
 from llmshearing.storage.torch_file import TorchFile
 from llmshearing.storage.write import DTYPES
 
+log = logging.getLogger(__name__)
+
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
 _BY_NAME = {name: dtype for dtype, (_, name) in DTYPES.items()}
 
 
 def open_weights(model: Path | str) -> LazyTensors:
-    """All tensors of a model: of its safetensors, or, where it has none, of its files of torch.save.
+    """All tensors of a model, from the files that transformers would take.
+
+    That is the single file before the index of shards, and safetensors before files of torch.save. What else is there,
+    such as shards of an earlier version, is left aside, and said.
 
     Raises:
         ShearingError: there are none, a file is missing or damaged, or the index names a file elsewhere.
@@ -32,6 +38,7 @@ def open_weights(model: Path | str) -> LazyTensors:
     for name, read in ((SAFETENSORS, _safetensors), (PICKLED, _pickled)):
         files = list(_files(model, name))
         if files:
+            _say_others(model, files)
             return _merged(model, files, read)
     raise ShearingError(f"Hugging Face model {model} has no {SAFETENSORS} and no {PICKLED}, whole or with {_INDEX}")
 
@@ -47,12 +54,26 @@ def _merged(model: Path | str, files: list[Path], read: Callable[[Path], dict[st
 
 
 def _files(model: Path | str, name: str) -> Iterator[Path]:
-    """The files of one form: those that its index lists, or the single one."""
+    """The files of one form: the single one, or those that its index lists."""
+    single = find_file(model, name)
+    if single is not None:
+        return iter([single])
     index = find_file(model, name + _INDEX)
-    if index is None:
-        single = find_file(model, name)
-        return iter([single] if single is not None else [])
-    return _listed(model, index)
+    return iter(()) if index is None else _listed(model, index)
+
+
+def _say_others(model: Path | str, files: list[Path]) -> None:
+    """Log which further files of weights a directory has."""
+    folder = Path(model)
+    if folder.is_dir():
+        patterns = ("model*.safetensors", "pytorch_model*.bin", f"*{_INDEX}")
+        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        used = {file.name for file in files} | ({SAFETENSORS + _INDEX, PICKLED + _INDEX} if len(files) > 1 else set())
+        if others := [name for name in found if name not in used]:
+            log.warning(
+                "warning: %s: taking %s, as transformers does; left aside: %s",
+                *(model, files[0].name if len(files) == 1 else f"{len(files)} shards", ", ".join(others)),
+            )
 
 
 def _listed(model: Path | str, index: Path) -> Iterator[Path]:
