@@ -32,7 +32,8 @@ def text_of(line: bytes, name: str) -> str | None:
 
     Of a key that stands twice the last counts, as in `json`. Raises NoText.
     """
-    line = line.removeprefix(codecs.BOM_UTF8)  # editors write it, and `cat` brings it into the middle
+    while line.startswith(codecs.BOM_UTF8):  # editors write it, and `cat` brings it into the middle
+        line = line[len(codecs.BOM_UTF8) :]
     if not line or line.isspace():
         return None
     broken = None

@@ -53,7 +53,7 @@ def _unpacker(path: Path, head: bytes) -> Callable[[BinaryIO], Iterator[bytes]] 
         if head.startswith(magic):
             raise OSError(f"it is a file of {name}; plain text, gzip and Zstandard can be read")
     named = {".gz": _gzip, ".zst": _zstandard}.get(path.suffix)
-    plain = head.removeprefix(codecs.BOM_UTF8).strip()[:1] in (b"", b"{") or _encoding(head)
+    plain = head.replace(codecs.BOM_UTF8, b"").strip()[:1] in (b"", b"{") or _encoding(head)
     return None if plain else named  # which then says what is wrong
 
 
