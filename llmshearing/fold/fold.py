@@ -276,7 +276,7 @@ def _with_offset(out: Tensor, cut: Cut) -> Tensor:
     if gate is None and scale is None:
         return out
     factor = scale if gate is None else gate if scale is None else gate * scale
-    return out + (torch.as_tensor(factor).to(out) - 1) * cut.offset
+    return out + (torch.as_tensor(factor, dtype=out.dtype, device=out.device) - 1) * cut.offset
 
 
 def _operands(part: Part, size: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

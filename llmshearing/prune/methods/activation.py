@@ -40,11 +40,17 @@ def choose(
     """Keep the most important units of each row.
 
     Raises:
-        ShearingError: there is no calibration.
+        ShearingError: there is no calibration, or experts or their units are to be cut.
     """
     if calibration is None:
         raise ShearingError("activation importance needs sequences to look at: --calibration")
-    cut, scores = rows_to_cut(table, target), importance(model, table, calibration)
+    cut = rows_to_cut(table, target)
+    if unseen := [kind for kind in cut if kind not in {name for name, *_ in watched(table)}]:
+        raise ShearingError(
+            f"activation does not score {', '.join(unseen)} of a mixture of experts, each of which sees tokens of its "
+            "own: take another method"
+        )
+    scores = importance(model, table, calibration)
     units = {
         name: tuple(
             keep_highest(score, kind.rows or 1, number)
@@ -67,7 +73,7 @@ def importance(model: PreTrainedModel, table: Table, calibration: Calibration) -
     hooks = [
         hook
         for kind, layer, path, reads in watched(table)
-        for hook in [_watch(model.get_submodule(path), squares, (kind, layer, path), reads)]
+        for hook in [_watch(model.get_submodule(path), squares, (kind, layer, path), reads, calibration)]
     ]
     try:
         with torch.no_grad():
@@ -90,13 +96,22 @@ def watched(table: Table) -> list[tuple[str, int | None, str, bool]]:
             found.append(("hidden", layer, path, False))  # a norm of the residual stream
         elif isinstance(read, str) and read in spec.gates:
             kind = table.kinds[table.axes[read].kind or ""]
-            if kind.rows is not None:
+            if kind.rows is not None and not table.axes[read].of_expert:
                 found.append((kind.name, layer, path, True))
     return found
 
 
-def _watch(module: nn.Module, squares: dict[Any, Tensor], key: tuple[str, int | None, str], reads: bool) -> Any:
-    def add(activation: Tensor) -> None:  # [B, T, C]
+def _watch(
+    module: nn.Module,
+    squares: dict[Any, Tensor],
+    key: tuple[str, int | None, str],
+    reads: bool,
+    calibration: Calibration,
+) -> Any:
+    tokens = calibration.select.shape[1]
+
+    def add(activation: Tensor) -> None:  # [B, T, C]; some families join batch and tokens
+        activation = activation.unflatten(0, (-1, tokens)) if activation.dim() == 2 else activation
         square = activation.abs().mean(1, dtype=torch.float64).square().sum(0).cpu()
         squares[key] = squares[key] + square if key in squares else square
 

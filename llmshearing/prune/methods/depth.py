@@ -48,7 +48,7 @@ def choose(
     layer_num_field: str = COMMON_LAYERS,
     drop_layers: Sequence[int] | None = None,
 ) -> Choice:
-    """Choose layers; ``table`` is not looked at. by: one of WAYS, unless ``drop_layers`` gives the layers.
+    """Choose layers. ``table`` gives the key of their number only. by: one of WAYS, unless ``drop_layers`` gives them.
 
     Raises:
         ShearingError: there is no calibration, or the model has no such layer list.
@@ -58,7 +58,7 @@ def choose(
     if drop_layers is None:
         if calibration is None:
             raise ShearingError(f"choosing layers by {by} needs sequences to look at: --calibration")
-        number = len(decoder.layers) - target[layer_num_field]
+        number = len(decoder.layers) - target[layer_num_field if table is None else table.layers_key]
         drop_layers, scores = _by(by, decoder, calibration, number)
         about = {"by": by, "scores": scores}
     selection = Selection(blocks=layer_gates(len(decoder.layers), drop_layers))

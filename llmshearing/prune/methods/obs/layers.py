@@ -64,7 +64,7 @@ class Running:
         read = self.room(size)
         for at, place in enumerate(read.split(self.batch_size)):
             inputs = self._until(number, at, linear)
-            place.copy_(inputs)
+            place.copy_(inputs.view(place.shape))  # some families join batch and tokens
             rows = inputs.flatten(0, -2).to(dtype)  # [B T, n]
             for start in range(0, size, COLUMNS):
                 some = rows[:, start : start + COLUMNS]
