@@ -15,6 +15,8 @@ from typing import Any
 
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "num_hash_layers")
 """Keys that say of how many leading layers something holds."""
+COUNTING = ("layer", "pattern", "interval", "sparse_step", "freq", "period", "every", "stride")
+"""Words in the names of keys that may count layers."""
 
 
 def kept_entries(config: Mapping[str, Any], kept: list[int], key: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def suspects(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if ("layer" in name or "pattern" in name or "interval" in name or name in LEADING)
+        if (name in LEADING or any(word in name for word in COUNTING))
         and name != key
         and value not in (None, [], 0)
         and not isinstance(value, (bool, str, float))
