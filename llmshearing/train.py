@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from composer import Trainer, callbacks, loggers, optim
 from composer.core import Algorithm, Callback
 from composer.utils import dist, format_name_with_dist
 
+from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.data.mds.manifest import check_tokenizer
 from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
@@ -340,18 +340,17 @@ def _latest(cfg: Config) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="llmshearing/train.py",
-        description="Prune a model toward an exact shape, or continue to pretrain one.",
-        epilog="example: composer -n 8 llmshearing/train.py configs/llama2/7b.yaml run_name=first data_local=DATA",
+    options = parser(
+        "llmshearing/train.py",
+        "Prune a model toward an exact shape, or continue to pretrain one.",
+        "composer -n 8 llmshearing/train.py configs/llama2/7b.yaml run_name=first data_local=DATA",
     )
-    parser.add_argument("config", help="YAML file; its keys are described in llmshearing/config/schema.py")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and shapes, then stop")
-    arguments = parser.parse_intermixed_args(argv)
-    first = int(os.environ.get("RANK", "0")) == 0
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    options.add_argument("config", help="YAML file; its keys are described in llmshearing/config/schema.py")
+    options.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-4")
+    options.add_argument("--dry-run", action="store_true", help="show the resolved configuration and shapes, then stop")
+    arguments = options.parse_intermixed_args(argv)
+
+    def command() -> int:
         cfg = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             source = read_source(cfg)
@@ -359,10 +358,16 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")
         else:
             train(cfg)
-    except ShearingError as error:
-        log.error("%s", error)
-        return error.exit_code
-    return 0
+        return 0
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    # an OSError in the middle of a run is not the user's input: its traceback stays
+    return run(
+        command,
+        level=logging.INFO if first else logging.WARNING,
+        form="%(levelname)s %(name)s: %(message)s",
+        expected=(ShearingError,),
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import logging
 import shutil
 import sqlite3
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmshearing.commands import run
 from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
 from llmshearing.data.prepare.encoding import WorkerDied
 from llmshearing.data.prepare.inputs import describe_file, find_sources
@@ -174,14 +174,13 @@ def _directories(splits: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = vars(parser().parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if arguments["proportions"] is not None:
         arguments["proportions"] = dict(arguments["proportions"])
     required = [arguments.pop(name) for name in ("input", "tokenizer", "output", "max_seq_len")]
-    try:
+
+    def command() -> int:
         prepare(*required, progress=not arguments.pop("no_progress"), **arguments)
-    except (ShearingError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    return 0
+        return 0
+
+    return run(command)
 
