@@ -17,6 +17,7 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
+from llmshearing import files as durable
 from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.errors import ShearingError, Stopped
@@ -43,11 +44,7 @@ def save_resolved(cfg: Config) -> None:
     """Write the resolved configuration beside the checkpoints, on the first rank."""
     if cfg.save_folder is None or dist.get_global_rank() != 0:
         return
-    path = Path(cfg.save_folder) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(cfg), encoding="utf-8")
-    os.replace(temporary, path)
+    durable.write_text(Path(cfg.save_folder) / "config.yaml", to_yaml(cfg))
 
 
 def train(cfg: Config) -> Trainer:

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmshearing import files as durable
 from llmshearing.commands import run
 from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
 from llmshearing.data.prepare.encoding import WorkerDied
@@ -91,11 +92,11 @@ def prepare(
     job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local)
     try:
         manifest = {"format": FORMAT, **job.run(), "request": request}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        durable.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         Upload(partial, remote)([partial / MANIFEST])
         for name in (REQUEST, PROGRESS):
             (partial / name).unlink()
-        partial.rename(output)  # an empty directory may be there
+        durable.move(partial, output)  # an empty directory may be there
     except WorkerDied:
         raise
     except ShearingError:
@@ -125,7 +126,7 @@ def _partial(output: Path, request: dict[str, Any]) -> Path:
         return partial
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / REQUEST).write_text(json.dumps(request))
+    durable.write_text(partial / REQUEST, json.dumps(request))
     return partial
 
 

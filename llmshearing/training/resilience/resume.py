@@ -230,5 +230,5 @@ def _set_aside(path: Path) -> Path:
     number, aside = 1, path.with_name(path.name + DAMAGED)
     while aside.exists():
         number, aside = number + 1, path.with_name(f"{path.name}{DAMAGED}.{number}")
-    path.rename(aside)
+    durable.move(path, aside)
     return aside
