@@ -55,6 +55,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),
+    entry_points={"console_scripts": ["llmshearing=llmshearing.cli:main"]},
     package_data={"llmshearing": ["scripts/*.sh"]},
     install_requires=read_requirements(),
     extras_require=EXTRAS,

@@ -1,15 +1,24 @@
-"""Files that are whole or absent, whatever happens: write under another name, flush, rename, flush the folder.
+"""Files and folders that are whole or absent, whatever happens: another name first, flush, rename, flush the folder.
 
 A crash of the process leaves the old file; so does a crash of the machine, since a name is moved only after its content
-is on disk.
+is on disk. This is the package's one way to write a result.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from llmshearing.errors import ShearingError
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether what a checkpoint calls a file is a name, and not a path that could lead elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def sync(path: Path) -> None:
@@ -35,14 +44,64 @@ def point(link: Path, target: Path) -> None:
     move(temporary, link)
 
 
+def publish(source: Path, target: Path) -> None:
+    """Put what was written to `source` on disk, then give it the name `target` (same file system)."""
+    sync(source)
+    move(source, target)
+
+
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields the name to write to; it becomes `path` if the block ends well, else nothing of it stays."""
+def whole(path: Path, *, alone: bool = True) -> Iterator[Path]:
+    """Yields the name to write to; it becomes `path` if the block ends well, else nothing of it stays.
+
+    alone: no other process writes this file at the same time; what a killed one left is then written over.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync(temporary)
-        move(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, alone: bool = True) -> None:
+    """Write a text file, in UTF-8; see :func:`whole`."""
+    with whole(path, alone=alone) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """:func:`whole`, opened for bytes.
+
+    Raises:
+        ShearingError: it cannot be written (the disk is full, ...); what was there before is untouched.
+    """
+    try:
+        with whole(path) as temporary, open(temporary, "wb") as file:
+            yield file
+    except OSError as error:
+        raise ShearingError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, in place of one that is there; that one comes back if the new one cannot get its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            move(path, old)
+        move(temporary, path)
+    finally:
+        if old.exists() and not path.exists():
+            move(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

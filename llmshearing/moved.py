@@ -96,6 +96,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "selection_io": ("fold.selection",),
     "signals": ("training.resilience.signals",),
     "source": ("training.source",),
+    "storage.files": ("files",),
     "watch": ("training.resilience.watch",),
 }
 """Old name below the package -> where its content is now."""

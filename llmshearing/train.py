@@ -8,60 +8,28 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import re
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from composer import Trainer, callbacks, loggers, optim
-from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist
+from composer import Trainer
+from composer.utils import dist
 
+from llmshearing import files as durable
+from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
-from llmshearing.data.mds.manifest import check_tokenizer
-from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError, Stopped
-from llmshearing.masks.l0 import L0Masks
-from llmshearing.training.callbacks.checkpoint_info import CheckpointInfo
-from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
-from llmshearing.training.callbacks.gradients import Gradients
-from llmshearing.training.callbacks.losses import LossMonitor
-from llmshearing.training.callbacks.pruning import PruningCallback
-from llmshearing.training.callbacks.shearing import Shearing
-from llmshearing.training.distributed import fsdp2
-from llmshearing.training.model import ShearingModel
-from llmshearing.training.optimizer import FusedDecoupledAdamW
-from llmshearing.training.resilience.build import build_safety, restore_random
-from llmshearing.training.resilience.resume import check_load_path, plain_data_only, prepare
-from llmshearing.training.resilience.signals import StopRequest, stop_request
+from llmshearing.training.build import build_trainer
+from llmshearing.training.resilience.build import restore_random
+from llmshearing.training.resilience.resume import check_files
+from llmshearing.training.resilience.signals import stop_request
 from llmshearing.training.resilience.stop import StopOnSignal
-from llmshearing.training.resilience.watch import Watch, meet, watching
-from llmshearing.training.source import Source, build_masks, load_model, mask_info, read_source
+from llmshearing.training.resilience.watch import meet, watching
+from llmshearing.training.source import Source, build_masks, read_source
 
 log = logging.getLogger("llmshearing.train")
-
-SCHEDULERS = {
-    "cosine_with_warmup": optim.CosineAnnealingWithWarmupScheduler,
-    "constant_with_warmup": optim.ConstantWithWarmupScheduler,
-    "linear_decay_with_warmup": optim.LinearWithWarmupScheduler,
-}
-MONITORS = {
-    "speed_monitor": callbacks.SpeedMonitor,
-    "lr_monitor": callbacks.LRMonitor,
-    "memory_monitor": callbacks.MemoryMonitor,
-    "runtime_estimator": callbacks.RuntimeEstimator,
-    "optimizer_monitor": callbacks.OptimizerMonitor,
-}
-LOGGERS = {
-    "wandb": loggers.WandBLogger,
-    "tensorboard": loggers.TensorboardLogger,
-    "file_logger": loggers.FileLogger,
-}
 
 
 def describe(source: Source) -> str:
@@ -72,221 +40,11 @@ def describe(source: Source) -> str:
     return "\n".join(lines)
 
 
-def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config) -> list[dict[str, Any]]:
-    """Weights, masks and multipliers; only weights decay. The multipliers' ascent stands in the objective."""
-    o = cfg.optimizer
-    groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
-    if masks is not None:
-        multipliers = [*masks.lambda_1.parameters(), *masks.lambda_2.parameters()]
-        groups.append({"name": "masks", "params": list(masks.log_alpha.parameters())})
-        groups.append({"name": "multipliers", "params": multipliers})
-        for group in groups[1:]:
-            group |= {"lr": o.lag_lr, "weight_decay": 0.0}
-    return groups
-
-
-def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
-    """AdamW over the groups."""
-    o = cfg.optimizer
-    kinds: dict[str, Any] = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
-    return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-
-
-def build_scheduler(cfg: Config) -> Any:
-    """Composer's scheduler of that name."""
-    s = cfg.scheduler
-    options = {} if s.name == "constant_with_warmup" else {"t_max": s.t_max, "alpha_f": s.alpha_f}
-    return SCHEDULERS[s.name](t_warmup=s.t_warmup, **options)
-
-
-def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
-    """The gradients' averaging and clipping, and the masks' driver."""
-    clip = cfg.algorithms.gradient_clipping
-    clipping = (clip.clipping_type, clip.clipping_threshold) if clip is not None else ()
-    chosen: list[Algorithm] = [Gradients(masks, *clipping)]
-    if masks is not None and cfg.model.l0_module is not None:
-        constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
-        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
-    return chosen
-
-
-def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any]) -> list[Callback]:
-    """Ours, then Composer's monitors."""
-    d = cfg.callbacks.data_loading
-    folder = Path(cfg.save_folder) if cfg.save_folder else None
-    l0, names = cfg.model.l0_module, d.set_names or []
-    ours: list[Callback] = [CheckpointInfo(info, names, comparable=l0 is None or l0.eval_target_model)]
-    ours.append(LossMonitor(names, folder / "evaluations.jsonl" if folder else None))
-    if masks is not None and l0 is not None:
-        ours.append(PruningCallback(masks, l0.eval_target_model, folder / "gates" if folder else None))
-    ours.append(
-        DynamicLoadingCallback(
-            dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
-            clamp_excess=d.clamp_excess,
-        )  # fmt: skip
-    )
-    wanted = {name: getattr(cfg.callbacks, name) for name in MONITORS}
-    return ours + [MONITORS[name](**options) for name, options in wanted.items() if options is not None]
-
-
-def build_loggers(cfg: Config) -> list[Any]:
-    """Composer's loggers of these names."""
-    wanted = {name: getattr(cfg.loggers, name) for name in LOGGERS}
-    return [LOGGERS[name](**options) for name, options in wanted.items() if options is not None]
-
-
-def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
-    """dtype of CPU autocast: bfloat16 where it is asked for and the processor has instructions for it."""
-    if device != "cpu" or cfg.precision != "amp_bf16":
-        return None
-    flags = Path("/proc/cpuinfo")
-    if flags.is_file() and not any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16")):
-        log.warning("precision amp_bf16: this processor has no bfloat16 arithmetic; training in fp32")
-        return None
-    return torch.bfloat16
-
-
-def run_info(
-    cfg: Config, source: Source, masks: L0Masks | None, generation_config: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What the run's checkpoints say of themselves."""
-    before = source.checkpoint.info if source.checkpoint is not None else None
-    directory = cfg.model.path if before is None else before.tokenizer
-    step = "pruned" if masks is not None else "continued pretraining"
-    name = f" ({cfg.run_name})" if cfg.run_name else ""
-    return {
-        "hf_config": source.config.to_dict(),
-        "masks": mask_info(masks, source.head_mode),
-        "run_config": to_yaml(cfg),
-        "tokenizer": cfg.tokenizer_name or directory,
-        "history": [
-            *(before.history if before is not None else []),
-            f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
-        ],
-        "generation_config": before.generation_config if before is not None else generation_config,
-        "evaluation": before.evaluation if before is not None and masks is None else None,
-    }
-
-
-def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
-    """Training and evaluation data of this rank."""
-    d, ranks = cfg.callbacks.data_loading, dist.get_world_size()
-    if cfg.global_train_batch_size % ranks:
-        raise ShearingError(
-            f"global_train_batch_size = {cfg.global_train_batch_size} is not divisible by the {ranks} ranks"
-        )
-    shared: dict[str, Any] = {"max_seq_len": cfg.max_seq_len, "vocab_size": source.config.vocab_size}
-    shared["set_names"] = d.set_names or []
-
-    def loading(loader: Any) -> dict[str, Any]:
-        names = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "timeout")
-        places = ("local", "remote", "split", "download_retry", "download_timeout")
-        where = {name: getattr(loader.dataset, name) for name in places}
-        return {**shared, **where, **{name: getattr(loader, name) for name in names}}
-
-    train = build_train_dataloader(
-        **loading(cfg.train_loader),
-        proportion=d.proportion or [1.0],
-        batch_size=cfg.global_train_batch_size // ranks,
-        seed=cfg.train_loader.dataset.shuffle_seed,
-        dynamic=d.dynamic,
-        mixing=d.mixing,
-        shuffle=cfg.train_loader.dataset.shuffle,
-    )
-    subset = None if cfg.eval_subset_num_batches < 0 else cfg.eval_subset_num_batches
-    evaluation = build_eval_dataloader(
-        **loading(cfg.eval_loader), batch_size=cfg.device_eval_batch_size, subset_num_batches=subset
-    )
-    recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
-    check_tokenizer(Path(cfg.data_local), Path(cfg.tokenizer_name or recorded or ""))
-    return train, evaluation
-
-
-def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
-    """Options that Composer's Trainer takes as they are."""
-    passed = (
-        "max_duration", "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "load_path",
-        "load_weights_only", "save_folder", "save_latest_filename", "autoresume", "dist_timeout", "seed",
-        "python_log_level",
-    )  # fmt: skip
-    options = {name: getattr(cfg, name) for name in passed}
-    # Composer finds what to go on from by this name, so that it must be the same each time
-    options["run_name"] = cfg.run_name or (Path(cfg.save_folder).name if cfg.autoresume and cfg.save_folder else None)
-    options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
-    options["precision"] = "fp32" if device == "cpu" else cfg.precision
-    if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
-        options["parallelism_config"] = {"fsdp": sharding}
-    return options
-
-
-def check_files(cfg: Config) -> None:
-    """Refuse before anything is built what Composer tells only later: no checkpoint to load, others in the way.
-
-    Raises:
-        ShearingError: load_path is not there, or save_folder holds an earlier run that would be mixed with this one.
-    """
-    if cfg.autoresume:
-        return
-    if cfg.load_path is not None:
-        path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
-        if "://" not in cfg.load_path:
-            if not path.exists():
-                raise ShearingError(f"load_path = {path}: no such file; give a run's checkpoint, or leave it out")
-            check_load_path(cfg, path)
-    elif cfg.save_folder is not None and not cfg.save_overwrite:
-        names = sorted(path.name for path in Path(cfg.save_folder).glob(re.sub(r"{[^}]*}", "*", cfg.save_filename)))
-        if names:
-            raise ShearingError(
-                f"save_folder = {cfg.save_folder} has checkpoints of an earlier run ({', '.join(names[:3])}): go on "
-                "with it (autoresume=true), replace it (save_overwrite=true), or give another folder"
-            )
-
-
-def build_trainer(
-    cfg: Config, source: Source, device: str, request: StopRequest | None = None, watch: Watch | None = None
-) -> Trainer:
-    """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made."""
-    masks = build_masks(source, cfg)
-    prepare(cfg, source, masks)
-    train, evaluation = build_data(cfg, source)
-    l0 = cfg.model.l0_module
-    hf_model = load_model(source, cfg)
-    model = ShearingModel(
-        hf_model,
-        masks,
-        domains=len(cfg.callbacks.data_loading.set_names or []),
-        eval_target_model=l0.eval_target_model if l0 else False,
-        round_to=l0.round_to if l0 else 1,
-        autocast=cpu_autocast(cfg, device),
-    )
-    generation = getattr(hf_model, "generation_config", None)
-    info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
-    dataset = train.dataloader.dataset
-    safety = build_safety(cfg, dataset, info, source.config.vocab_size, request or StopRequest(), watch)
-    with plain_data_only(cfg.trust_checkpoint):
-        return Trainer(
-            model=model,
-            train_dataloader=train,
-            eval_dataloader=evaluation,
-            optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
-            schedulers=build_scheduler(cfg),
-            algorithms=build_algorithms(masks, cfg),
-            callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],
-            loggers=build_loggers(cfg),
-            device=device,
-            **trainer_options(cfg, device),
-        )
-
-
 def save_resolved(cfg: Config) -> None:
     """Write the resolved configuration beside the checkpoints, on the first rank."""
     if cfg.save_folder is None or dist.get_global_rank() != 0:
         return
-    path = Path(cfg.save_folder) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(cfg), encoding="utf-8")
-    os.replace(temporary, path)
+    durable.write_text(Path(cfg.save_folder) / "config.yaml", to_yaml(cfg))
 
 
 def train(cfg: Config) -> Trainer:
@@ -340,18 +98,17 @@ def _latest(cfg: Config) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="llmshearing/train.py",
-        description="Prune a model toward an exact shape, or continue to pretrain one.",
-        epilog="example: composer -n 8 llmshearing/train.py configs/llama2/7b.yaml run_name=first data_local=DATA",
+    options = parser(
+        "llmshearing/train.py",
+        "Prune a model toward an exact shape, or continue to pretrain one.",
+        "composer -n 8 llmshearing/train.py configs/llama2/7b.yaml run_name=first data_local=DATA",
     )
-    parser.add_argument("config", help="YAML file; its keys are described in llmshearing/config/schema.py")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved configuration and shapes, then stop")
-    arguments = parser.parse_intermixed_args(argv)
-    first = int(os.environ.get("RANK", "0")) == 0
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    options.add_argument("config", help="YAML file; its keys are described in llmshearing/config/schema.py")
+    options.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-4")
+    options.add_argument("--dry-run", action="store_true", help="show the resolved configuration and shapes, then stop")
+    arguments = options.parse_intermixed_args(argv)
+
+    def command() -> int:
         cfg = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             source = read_source(cfg)
@@ -359,10 +116,16 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")
         else:
             train(cfg)
-    except ShearingError as error:
-        log.error("%s", error)
-        return error.exit_code
-    return 0
+        return 0
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    # an OSError in the middle of a run is not the user's input: its traceback stays
+    return run(
+        command,
+        level=logging.INFO if first else logging.WARNING,
+        form="%(levelname)s %(name)s: %(message)s",
+        expected=(ShearingError,),
+    )
 
 
 if __name__ == "__main__":

@@ -134,10 +134,11 @@ def _rank(words: list[str], rank: int, ranks: int, port: int, output: str, kill:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1")
     torch.set_num_threads(1)
     from llmshearing import train
+    from llmshearing.training import build
 
     if kill is not None and kill.event and kill.rank in (None, rank):
-        original = train.build_callbacks
-        train.build_callbacks = lambda *arguments: [_killer(kill), *original(*arguments)]
+        original = build.build_callbacks
+        build.build_callbacks = lambda *arguments: [_killer(kill), *original(*arguments)]
     sys.exit(train.main(words))
 
 

@@ -17,8 +17,9 @@ from composer.utils import dist
 from helpers_runs import free_port, run
 from torch.distributed.tensor import DTensor
 
-import llmshearing.train as training
 from llmshearing.config import load_config
+from llmshearing.train import train
+from llmshearing.training import build
 
 
 @dataclass
@@ -72,21 +73,21 @@ def _whole(value):
 def execute(job: Job) -> dict:
     """Train as `train.py` does; what this rank recorded, and the final weights and masks."""
     cfg, record = load_config(job.config, job.overrides), Record(job.gradients)
-    load_model, build_masks, build_callbacks = training.load_model, training.build_masks, training.build_callbacks
+    load_model, build_masks, build_callbacks = build.load_model, build.build_masks, build.build_callbacks
 
     def masks(*args):
         built = build_masks(*args)
         return None if built is None else built.double()
 
     with contextlib.ExitStack() as changes:
-        change = lambda name, value: changes.enter_context(patch.object(training, name, value))  # noqa: E731
+        change = lambda name, value: changes.enter_context(patch.object(build, name, value))  # noqa: E731
         change("build_callbacks", lambda *args: [*build_callbacks(*args), record])
         if job.double:
             change("load_model", lambda *args: load_model(*args).double())
             change("build_masks", masks)
         if job.autocast:
             change("cpu_autocast", lambda *args: torch.bfloat16)
-        state = training.train(cfg).state
+        state = train(cfg).state
     result = {
         name: getattr(record, name) for name in ("batches", "penalties", "evaluations", "gradients", "layer_calls")
     }

@@ -156,7 +156,7 @@ def configured(lab: Lab, tmp_path: Path, **changes):
 
 def trainer_of(cfg):
     """The trainer that `train` would build and, listening to it, a logger that keeps everything in memory."""
-    from llmshearing.train import build_trainer
+    from llmshearing.training.build import build_trainer
     from llmshearing.training.source import read_source
 
     trainer = build_trainer(cfg, read_source(cfg), "cpu")

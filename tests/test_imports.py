@@ -12,13 +12,15 @@ PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
     {"errors"},
-    {"files", "families", "lookahead", "moved"},
+    {"files", "families", "lookahead", "moved", "commands"},
     {"config", "storage"},
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
     {"prune", "training", "checkpoint"},
     {"train", "utils"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

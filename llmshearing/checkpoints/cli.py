@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.checkpoints.checkpoint import is_checkpoint
@@ -13,31 +12,33 @@ from llmshearing.checkpoints.equality import compare
 from llmshearing.checkpoints.folding import prune_and_save_model
 from llmshearing.checkpoints.hf_read import hf_to_checkpoint
 from llmshearing.checkpoints.hf_write import checkpoint_to_hf
-from llmshearing.errors import ShearingError
+from llmshearing.commands import parser, run
 
 log = logging.getLogger(__name__)
+
+FOLD = "prune_and_save_model"  # the one sub-command of post_pruning_processing
 
 
 def composer_to_hf(argv: Sequence[str] | None = None) -> int:
     """Convert, in the direction that the source says; the exit status."""
-    parser = _parser(
+    said = _parser(
         "composer_to_hf",
         "Composer checkpoint -> Hugging Face directory, or Hugging Face directory or name -> Composer checkpoint.",
         "out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/source\n"
         "models/source out/state_dict.pt",
     )
-    parser.add_argument("source", help="checkpoint file (or its directory), or Hugging Face directory or name")
-    parser.add_argument("destination", help="directory to write, or .pt file")
-    parser.add_argument(
+    said.add_argument("source", help="checkpoint file (or its directory), or Hugging Face directory or name")
+    said.add_argument("destination", help="directory to write, or .pt file")
+    said.add_argument(
         "pairs",
         nargs="*",
         metavar="key=value",
         help="dtype=float32|float16|bfloat16 (default: as stored), tokenizer=DIR, model_class=, _name_or_path=; any "
         "other key (vocab_size=, ...) is checked against the model's config and may be left out",
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    options = parser.parse_intermixed_args(argv)
+    said.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
+    said.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    options = said.parse_intermixed_args(argv)
 
     def convert() -> int:
         given = parse_pairs(options.pairs)
@@ -48,33 +49,33 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
             hf_to_checkpoint(options.source, options.destination, given, overwrite=options.overwrite)
         return 0
 
-    return _run(convert)
+    return run(convert)
 
 
 def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
     """Fold a pruning run's checkpoint; the exit status."""
-    parser = _parser(
+    said = _parser(
         "post_pruning_processing",
         "Fold the checkpoint of a pruning run into the compact model, pruned-<checkpoint> beside it.",
         "prune_and_save_model out/latest-rank0.pt\n"
         "prune_and_save_model out/latest-rank0.pt vocab_size=32000 --output out/compact.pt",
     )
-    parser.add_argument("command", choices=["prune_and_save_model"])
-    parser.add_argument("model_path", help="checkpoint file, or its directory")
-    parser.add_argument(
+    said.add_argument("command", choices=[FOLD])
+    said.add_argument("model_path", help="checkpoint file, or its directory")
+    said.add_argument(
         "pairs", nargs="*", metavar="key=value", help="facts of the compact model's config, to be checked"
     )
-    parser.add_argument("--output", help="file to write (default: pruned-<name> in the same directory)")
-    parser.add_argument(
+    said.add_argument("--output", help="file to write (default: pruned-<name> in the same directory)")
+    said.add_argument(
         "--uniform", action="store_true", help="without a target shape: give every layer the layers' mean size"
     )
-    parser.add_argument(
+    said.add_argument(
         "--zero_closed_blocks",
         action="store_true",
         help="write a closed attention or MLP of a kept layer as zeros instead of refusing it",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    options = parser.parse_intermixed_args(argv)
+    said.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    options = said.parse_intermixed_args(argv)
 
     def process() -> int:
         prune_and_save_model(
@@ -87,23 +88,28 @@ def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
         )
         return 0
 
-    return _run(process)
+    return run(process)
+
+
+def fold(argv: Sequence[str]) -> int:
+    """:func:`post_pruning_processing`, where the sub-command may be left out; the exit status."""
+    return post_pruning_processing(argv if FOLD in argv else [FOLD, *argv])
 
 
 def test_composer_hf_eq(argv: Sequence[str] | None = None) -> int:
     """Compare a Hugging Face model with a checkpoint; the exit status is 0 where they agree."""
-    parser = _parser(
+    said = _parser(
         "test_composer_hf_eq",
         "Compare the log-probabilities and the tensors of a Hugging Face model and a Composer checkpoint.",
         "models/source out/state_dict.pt",
     )
-    parser.add_argument("hf", help="Hugging Face directory or name")
-    parser.add_argument("checkpoint", help="checkpoint file, or its directory")
-    parser.add_argument("--sequences", type=int, default=8, help="random sequences (%(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens in each (%(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="nats, in float32 (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the token ids (%(default)s)")
-    options = vars(parser.parse_args(argv))
+    said.add_argument("hf", help="Hugging Face directory or name")
+    said.add_argument("checkpoint", help="checkpoint file, or its directory")
+    said.add_argument("--sequences", type=int, default=8, help="random sequences (%(default)s)")
+    said.add_argument("--length", type=int, default=128, help="tokens in each (%(default)s)")
+    said.add_argument("--tolerance", type=float, default=1e-4, help="nats, in float32 (%(default)s)")
+    said.add_argument("--seed", type=int, default=0, help="of the token ids (%(default)s)")
+    options = vars(said.parse_args(argv))
 
     def test() -> int:
         result = compare(options.pop("hf"), options.pop("checkpoint"), **options)
@@ -117,24 +123,9 @@ def test_composer_hf_eq(argv: Sequence[str] | None = None) -> int:
         )
         return 0 if result.passed else 1
 
-    return _run(test)
+    return run(test)
 
 
 def _parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     command = f"python3 -m llmshearing.utils.{name}"
-    lines = "\n".join(f"  {command} {example}" for example in examples.splitlines())
-    return argparse.ArgumentParser(
-        prog=command,
-        description=description,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _run(command: Callable[[], int]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return command()
-    except (ShearingError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
+    return parser(command, description, "\n".join(f"{command} {example}" for example in examples.splitlines()))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmshearing.errors import ShearingError
+from llmshearing.files import whole_folder
 
 # Tokenizer files of transformers; they are copied as they are.
 TOKENIZER_FILES = (
@@ -54,19 +53,7 @@ def check_directory(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that takes the name ``path`` when all went well."""
+    """A folder that takes the name ``path`` when all went well; see :func:`check_directory`."""
     check_directory(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    temporary.mkdir()
-    try:
+    with whole_folder(path) as temporary:
         yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -3,18 +3,15 @@
 DIR is the output of `prepare`, or any folder with MDS directories inside (the predecessor's too).
 """
 
-import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llmshearing.commands import parser, run
 from llmshearing.data.mds.index import INDEX
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.data.text.tokenizer import load_decoder
 from llmshearing.errors import ShearingError
-
-log = logging.getLogger(__name__)
 
 
 def inspect(root: Path, samples: int = 0, decode: Callable[[list[int]], str] | None = None) -> str:
@@ -48,25 +45,22 @@ def _shown(ids: list[int], decode: Callable[[list[int]], str] | None, where: Pat
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llmshearing.data.inspect",
-        description="Show the MDS directories of prepared data and decode samples.",
-        epilog="example: python -m llmshearing.data.inspect data/mds --samples 1 --tokenizer models/source",
-    )
-    parser.add_argument(
+    prog = "python -m llmshearing.data.inspect"
+    said = "Show the MDS directories of prepared data and decode samples."
+    options = parser(prog, said, f"{prog} data/mds --samples 1 --tokenizer models/source")
+    options.add_argument(
         "directory", type=Path, help="output of llmshearing.data.prepare, or a folder of MDS directories"
     )
-    parser.add_argument("--samples", type=int, default=0, help="sequences to show of each directory (default: none)")
-    parser.add_argument("--tokenizer", help="decode them with it (default: show ids)")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    options.add_argument("--samples", type=int, default=0, help="sequences to show of each directory (default: none)")
+    options.add_argument("--tokenizer", help="decode them with it (default: show ids)")
+    arguments = options.parse_args(argv)
+
+    def command() -> int:
         decode = load_decoder(arguments.tokenizer) if arguments.tokenizer else None
         sys.stdout.write(inspect(arguments.directory, arguments.samples, decode) + "\n")
-    except ShearingError as error:
-        log.error("%s", error)
-        return 1
-    return 0
+        return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

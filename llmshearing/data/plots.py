@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmshearing.commands import parser, run
 from llmshearing.data.mixture.mixture import update_proportion
 from llmshearing.errors import ShearingError
 
@@ -86,18 +87,17 @@ def plot_simulation(path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if len(given) != 1 or given[0].startswith("-"):
-        sys.stderr.write("usage: python -m llmshearing.data.plots simulation.png\n")
-        return 0 if given in (["-h"], ["--help"]) else 2
-    try:
-        plot_simulation(Path(given[0]))
-    except (ShearingError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    log.info("wrote the plot to %s", given[0])
-    return 0
+    prog = "python -m llmshearing.data.plots"
+    options = parser(prog, "Plot a simulated mixture under each update of its proportions.", f"{prog} simulation.png")
+    options.add_argument("file", type=Path, help="PNG to write")
+    file = options.parse_args(argv).file
+
+    def command() -> int:
+        plot_simulation(file)
+        log.info("wrote the plot to %s", file)
+        return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

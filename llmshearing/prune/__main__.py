@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from llmshearing.checkpoints.arguments import parse_pairs
+from llmshearing.commands import layout, parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import EXAMPLE
 from llmshearing.prune.calibration import SequenceOptions
@@ -21,34 +21,27 @@ from llmshearing.prune.methods import METHODS
 from llmshearing.prune.run import prune
 from llmshearing.prune.targets import DROP, RATIO
 
-log = logging.getLogger(__name__)
-
-EXAMPLES = f"""examples:
-  python -m llmshearing.prune random --model models/source --output out/random \\
-      --target {' '.join(f'{key}={size}' for key, size in EXAMPLE.items())} --tp 2
-  python -m llmshearing.prune activation --model models/source --output out/narrow --ratio 0.25 --calibration data/mds
-  python -m llmshearing.prune depth --model out/narrow --output out/small --drop_layers 3 4
-  python -m llmshearing.prune depth --model models/other --output out/other --delete_layer_num 2 \\
-      --model_decoder_layers model.decoder.layers --calibration text.txt
+EXAMPLES = f"""
+python -m llmshearing.prune random --model models/source --output out/random \\
+    --target {' '.join(f'{key}={size}' for key, size in EXAMPLE.items())} --tp 2
+python -m llmshearing.prune activation --model models/source --output out/narrow --ratio 0.25 --calibration data/mds
+python -m llmshearing.prune depth --model out/narrow --output out/small --drop_layers 3 4
+python -m llmshearing.prune depth --model models/other --output out/other --delete_layer_num 2 \\
+    --model_decoder_layers model.decoder.layers --calibration text.txt
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each method."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llmshearing.prune",
-        description="Prune a Hugging Face model in one shot and write the result as one.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
+    said = "Prune a Hugging Face model in one shot and write the result as one."
+    whole = parser("python -m llmshearing.prune", said, EXAMPLES)
+    commands = whole.add_subparsers(dest="method", required=True, metavar="METHOD")
     for method in METHODS.values():
         command = commands.add_parser(
             method.name,
             help=method.help,
             description=f"{method.help}. Can change: {', '.join(method.sizes)}.",
-            epilog=EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **layout(EXAMPLES),
         )
         _common(command)
         own = command.add_argument_group(f"options of {method.name}")
@@ -56,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
             own.add_argument("--delete_layer_num", type=int, metavar="K", help="layers to drop, in place of a target")
         if method.add_options is not None:
             method.add_options(own)  # type: ignore[arg-type]
-    return parser
+    return whole
 
 
 def _common(command: argparse.ArgumentParser) -> None:
@@ -119,17 +112,15 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     options = vars(build_parser().parse_args(argv))
-    try:
+
+    def command() -> int:
         target = read_target(options)
         sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
         prune(options.pop("method"), target=target, sequences=sequences, **options)
-    except (ShearingError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
-    return 0
+        return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ The result computes the same and loads without this package; all of its layers a
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +12,12 @@ from pathlib import Path
 from llmshearing.checkpoints.hf_read import load_hf_weights
 from llmshearing.checkpoints.hf_write import write_hf_directory
 from llmshearing.checkpoints.output import check_directory
+from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.families.nonuniform.config import NonUniformConfig, config_of
 from llmshearing.fold.padding import padded
 
-log = logging.getLogger(__name__)
-
-EXAMPLE = "example: python -m llmshearing.prune.pad --model out/obs --output out/obs-plain"
+EXAMPLE = "python -m llmshearing.prune.pad --model out/obs --output out/obs-plain"
 
 
 def pad(model: Path | str, output: Path | str, *, overwrite: bool = False) -> Path:
@@ -41,21 +38,18 @@ def pad(model: Path | str, output: Path | str, *, overwrite: bool = False) -> Pa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    parser = argparse.ArgumentParser(
-        prog="python -m llmshearing.prune.pad",
-        description="Fill the smaller layers of a non-uniform model with zeros: the same function as a plain model.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("--model", required=True, help="Hugging Face directory of a non-uniform model")
-    parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    try:
-        pad(**vars(parser.parse_args(argv)))
-    except (ShearingError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
-    return 0
+    said = "Fill the smaller layers of a non-uniform model with zeros: the same function as a plain model."
+    arguments = parser("python -m llmshearing.prune.pad", said, EXAMPLE)
+    arguments.add_argument("--model", required=True, help="Hugging Face directory of a non-uniform model")
+    arguments.add_argument("--output", required=True, help="directory to write")
+    arguments.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    options = vars(arguments.parse_args(argv))
+
+    def command() -> int:
+        pad(**options)
+        return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

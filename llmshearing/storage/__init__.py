@@ -1,12 +1,11 @@
 """How tensors are kept in files, without what they mean: read lazily, written one at a time, checked on the way.
 
 `lazy` the mapping that readers, fold and writers share; `torch_file` files of torch.save, `sharded` folders of
-torch.distributed.checkpoint (`metadata`: what is in one), `hub` the weights of a Hugging Face model; `write` writes;
-`files` lets a file appear whole or not at all.
+torch.distributed.checkpoint (`metadata`: what is in one), `hub` the weights of a Hugging Face model; `write` writes.
 """
 
+from llmshearing.files import new_file
 from llmshearing.storage.archive import Archive, open_archive
-from llmshearing.storage.files import new_file
 from llmshearing.storage.hub import find_file, open_weights
 from llmshearing.storage.lazy import LazyTensor, LazyTensors, lazily, load_weights
 from llmshearing.storage.write import write_safetensors, write_torch_file

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from llmshearing.errors import ShearingError
-from llmshearing.storage.files import is_plain_name
+from llmshearing.files import is_plain_name
 from llmshearing.storage.lazy import LazyTensor, LazyTensors
 from llmshearing.storage.torch_file import TorchFile
 from llmshearing.storage.write import DTYPES

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llmshearing.errors import ShearingError
-from llmshearing.storage.files import is_plain_name
+from llmshearing.files import is_plain_name
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint"

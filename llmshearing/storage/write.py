@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
+from llmshearing.files import new_file
 from llmshearing.lookahead import in_order
-from llmshearing.storage.files import new_file
 from llmshearing.storage.lazy import LazyTensor
 
 # dtype -> the class that torch.save names for its storage, and safetensors' name.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmshearing.commands import parser, run
 from llmshearing.data.mds.manifest import read_manifest
 from llmshearing.data.mixture.target_loss import fit, predict, read_models, source_losses
 from llmshearing.data.prepare.packing import EVAL
@@ -70,26 +71,22 @@ def _source(arguments: argparse.Namespace) -> tuple[list[str], list[float]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def command() -> int:
         names, targets = _source(arguments) if arguments.kind == "source" else _fitted(arguments)
-    except (ShearingError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    listed = ",".join(f"{loss:.6g}" for loss in targets)
-    key = "callbacks.data_loading"
-    sys.stdout.write(f"{key}.set_names=[{','.join(names)}] {key}.target_loss=[{listed}]\n")
-    return 0
+        listed = ",".join(f"{loss:.6g}" for loss in targets)
+        key = "callbacks.data_loading"
+        sys.stdout.write(f"{key}.set_names=[{','.join(names)}] {key}.target_loss=[{listed}]\n")
+        return 0
+
+    return run(command)
 
 
 def _parser() -> argparse.ArgumentParser:
     command = "python -m llmshearing.utils.target_loss"
-    parser = argparse.ArgumentParser(
-        prog=command,
-        description="Give each domain's target loss, as overrides for the training command.",
-        epilog=f"example: {command} fit --losses sizes.json --parameters 1.3e9 --plot fit.png",
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    said = "Give each domain's target loss, as overrides for the training command."
+    options = parser(command, said, f"{command} fit --losses sizes.json --parameters 1.3e9 --plot fit.png")
+    kinds = options.add_subparsers(dest="kind", required=True)
     source = kinds.add_parser("source", help="the source model's own losses")
     source.add_argument("--model", type=Path, help="Hugging Face directory to evaluate")
     source.add_argument("--data", type=Path, help="output of llmshearing.data.prepare to evaluate it on")
@@ -101,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     fitted.add_argument("--losses", type=Path, required=True, help=form)
     fitted.add_argument("--parameters", type=float, required=True, help="of the pruned model, e.g. 1.3e9")
     fitted.add_argument("--plot", type=Path, help="PNG to write (needs matplotlib)")
-    return parser
+    return options
 
 
 if __name__ == "__main__":

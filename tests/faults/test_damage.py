@@ -286,7 +286,7 @@ def test_load_path_from_the_run_folder_is_looked_at_too(lab, broken, tmp_path):
 
 def test_a_pickle_cannot_slip_in_after_the_check(lab, finished, tmp_path, monkeypatch):
     """Composer itself loads plain data only, whatever the file has become since it was looked at."""
-    from llmshearing import train as module
+    from llmshearing.training.resilience import resume as module
 
     trap = tmp_path / "executed"
     evil = tmp_path / "evil.pt"

@@ -134,7 +134,7 @@ def test_continued_pretraining_begins_at_the_recorded_loss(lab, folded, tmp_path
 @pytest.mark.parametrize("first", [False, True], ids=["", "evaluated first"])
 def test_weights_that_were_not_loaded_are_noticed(lab, folded, tmp_path, monkeypatch, first):
     """The predecessor's pain: continued pretraining that starts at loss 10, not 2. Here the weights are tripled."""
-    from llmshearing import train as module
+    from llmshearing.training import build as module
 
     def wrong(source, cfg):
         model = load(source, cfg)

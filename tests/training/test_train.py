@@ -16,7 +16,8 @@ from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import load_config
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.train import build_optimizer, build_scheduler, cpu_autocast, main, optimizer_groups, train
+from llmshearing.train import main, train
+from llmshearing.training.build import build_optimizer, build_scheduler, cpu_autocast, optimizer_groups
 from llmshearing.training.model import ShearingModel
 
 MASKED = {"hidden": 20, "head": 1, "intermediate": 28, "layer": 2}

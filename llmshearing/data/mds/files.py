@@ -6,7 +6,6 @@ process of a machine at a time brings a shard; the others wait for it.
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash
 
+from llmshearing import files as durable
 from llmshearing.data.mds.index import INDEX, broken_json
 from llmshearing.data.mds.remote import Remote
 from llmshearing.errors import ShearingError
@@ -80,14 +80,10 @@ class ShardFiles:
             if self.remote is None:
                 raise ShearingError(f"shard {problem}; copy it again")
             self._download(stored, shard.zip_data)
-        temporary = raw.with_name(f".{raw.name}.{os.getpid()}.tmp")
-        try:
+        with durable.whole(raw) as temporary:  # alone: under the lock
             temporary.write_bytes(decompress(shard.compression, stored.read_bytes()))
             if problem := damage(temporary, shard.raw_data):
                 raise ShearingError(f"shard {stored}, decompressed, is not what {INDEX} says: {problem}; copy it again")
-            os.replace(temporary, raw)
-        finally:
-            temporary.unlink(missing_ok=True)
         if self.remote is not None:  # it can be had again
             stored.unlink()
 

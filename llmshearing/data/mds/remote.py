@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
+from llmshearing import files as durable
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Remote:
             try:
                 said = self._download(name, temporary) or problem(temporary) or ""
                 if not said:
-                    os.replace(temporary, target)
+                    durable.publish(temporary, target)
                     return
                 said = said.replace(str(temporary), target.name)
             finally:

@@ -4,6 +4,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
+from llmshearing.commands import parser as command_parser
 from llmshearing.data.prepare.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
 
@@ -125,14 +126,14 @@ def resolve_dtype(asked: str, vocab_size: int) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its names are those of `Options` and of `prepare`."""
-    example = """example:
-  python -m llmshearing.data.prepare --input corpus --tokenizer models/source \\
-      --output data/mds --max_seq_len 4096 --eval_seqs 500"""
-    said = argparse.ArgumentParser(
-        prog="python -m llmshearing.data.prepare",
-        description="Turn folders of JSONL or Parquet, one folder a domain, into the MDS data that training reads.",
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    example = """
+python -m llmshearing.data.prepare --input corpus --tokenizer models/source \\
+    --output data/mds --max_seq_len 4096 --eval_seqs 500
+"""
+    said = command_parser(
+        "python -m llmshearing.data.prepare",
+        "Turn folders of JSONL or Parquet, one folder a domain, into the MDS data that training reads.",
+        example,
     )
     said.add_argument(
         "--input", required=True, help="folder with a folder of .jsonl[.gz|.zst] or .parquet files a domain"

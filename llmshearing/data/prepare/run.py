@@ -17,7 +17,6 @@ import json
 import logging
 import shutil
 import sqlite3
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmshearing import files as durable
+from llmshearing.commands import run
 from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
 from llmshearing.data.prepare.encoding import WorkerDied
 from llmshearing.data.prepare.inputs import describe_file, find_sources
@@ -91,11 +92,11 @@ def prepare(
     job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local)
     try:
         manifest = {"format": FORMAT, **job.run(), "request": request}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        durable.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         Upload(partial, remote)([partial / MANIFEST])
         for name in (REQUEST, PROGRESS):
             (partial / name).unlink()
-        partial.rename(output)  # an empty directory may be there
+        durable.move(partial, output)  # an empty directory may be there
     except WorkerDied:
         raise
     except ShearingError:
@@ -125,7 +126,7 @@ def _partial(output: Path, request: dict[str, Any]) -> Path:
         return partial
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / REQUEST).write_text(json.dumps(request))
+    durable.write_text(partial / REQUEST, json.dumps(request))
     return partial
 
 
@@ -174,14 +175,13 @@ def _directories(splits: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = vars(parser().parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if arguments["proportions"] is not None:
         arguments["proportions"] = dict(arguments["proportions"])
     required = [arguments.pop(name) for name in ("input", "tokenizer", "output", "max_seq_len")]
-    try:
+
+    def command() -> int:
         prepare(*required, progress=not arguments.pop("no_progress"), **arguments)
-    except (ShearingError, OSError) as error:
-        log.error("%s", error)
-        return 1
-    return 0
+        return 0
+
+    return run(command)
 

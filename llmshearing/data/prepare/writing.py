@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
+from llmshearing import files as durable
+
 HASHES = ["xxh64"]  # recorded in index.json, checked when a shard is first read
 Shard = dict[str, Any]  # an entry of index.json
 Transfer = Callable[[Path, Path], object]
@@ -60,7 +62,7 @@ class PartWriter:
             return []
         self._writer.finish()
         self._writer = None
-        moved = bring(self._part, read_shards(self._part), self.folder, len(self.shards), os.replace)
+        moved = bring(self._part, read_shards(self._part), self.folder, len(self.shards), durable.publish)
         shutil.rmtree(self._part)
         self.shards += moved
         return shard_files(self.folder, moved)
@@ -115,5 +117,5 @@ def read_shards(folder: Path) -> list[Shard]:
 def write_index(folder: Path, shards: Sequence[Shard]) -> Path:
     """The directory's `index.json`."""
     path = folder / "index.json"
-    path.write_text(json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True))
+    durable.write_text(path, json.dumps({"version": 2, "shards": list(shards)}, sort_keys=True))
     return path

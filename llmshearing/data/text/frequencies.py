@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from llmshearing import files as durable
 from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import Codec
 from llmshearing.errors import ShearingError
@@ -36,13 +37,8 @@ class Frequencies:
     corpus: str
 
     def save(self, path: Path) -> None:
-        """Write JSON under a temporary name, then rename."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(asdict(self)) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write JSON, whole or not at all."""
+        durable.write_text(path, json.dumps(asdict(self)) + "\n", alone=False)
 
     @classmethod
     def load(cls, path: Path, tokenizer: str, size: int) -> "Frequencies":

@@ -1,4 +1,4 @@
-"""CheckpointInfo: makes a checkpoint say what model, masks and configuration it holds."""
+"""SelfDescription: makes a checkpoint say what model, masks and configuration it holds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from llmshearing.checkpoints.checkpoint import INFO
 from llmshearing.training.callbacks.losses import evaluation_record
 
 
-class CheckpointInfo(Callback):
+class SelfDescription(Callback):
     """Rides in the checkpoint as the state of a callback: plain data that loads with ``weights_only=True``.
 
     Args:
@@ -19,6 +20,9 @@ class CheckpointInfo(Callback):
         set_names: domains of the evaluations. comparable: evaluations are of the model that the checkpoint holds or
             folds to (not of one as large as the masks are just then).
     """
+
+    # Composer saves a callback's state under this name; in files it is the name of what the state holds.
+    __qualname__ = INFO
 
     def __init__(self, info: dict[str, Any], set_names: list[str], comparable: bool = True) -> None:
         self.info, self.set_names, self.comparable = info, list(set_names), comparable

@@ -97,7 +97,6 @@ class LossMonitor(Callback):
 
     def _write(self, lines: list[str]) -> None:
         try:
-            with durable.whole(self.record or Path()) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            durable.write_text(self.record or Path(), "".join(f"{line}\n" for line in lines))
         except OSError as error:  # a full disk must not end training
             log.error("%s was not written: %s", self.record, error)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist
 
 from llmshearing import files as durable
 from llmshearing.checkpoints.checkpoint import read_checkpoint
@@ -66,6 +66,29 @@ def plain_data_only(trust: bool = False) -> Iterator[None]:
         ) from error
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def check_files(cfg: Config) -> None:
+    """Refuse before anything is built what Composer tells only later: no checkpoint to load, others in the way.
+
+    Raises:
+        ShearingError: load_path is not there, or save_folder holds an earlier run that would be mixed with this one.
+    """
+    if cfg.autoresume:
+        return
+    if cfg.load_path is not None:
+        path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
+        if "://" not in cfg.load_path:
+            if not path.exists():
+                raise ShearingError(f"load_path = {path}: no such file; give a run's checkpoint, or leave it out")
+            check_load_path(cfg, path)
+    elif cfg.save_folder is not None and not cfg.save_overwrite:
+        names = sorted(path.name for path in Path(cfg.save_folder).glob(re.sub(r"{[^}]*}", "*", cfg.save_filename)))
+        if names:
+            raise ShearingError(
+                f"save_folder = {cfg.save_folder} has checkpoints of an earlier run ({', '.join(names[:3])}): go on "
+                "with it (autoresume=true), replace it (save_overwrite=true), or give another folder"
+            )
 
 
 def check_load_path(cfg: Config, path: Path) -> None:
@@ -207,5 +230,5 @@ def _set_aside(path: Path) -> Path:
     number, aside = 1, path.with_name(path.name + DAMAGED)
     while aside.exists():
         number, aside = number + 1, path.with_name(f"{path.name}{DAMAGED}.{number}")
-    path.rename(aside)
+    durable.move(path, aside)
     return aside

@@ -27,9 +27,7 @@ class SampleRecord(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Keep the lines of the batches that count."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        with durable.whole(self.path) as temporary:
-            kept = "\n".join(lines[: state.timestamp.batch.value])
-            temporary.write_text(kept + "\n" if kept else "", encoding="utf-8")
+        durable.write_text(self.path, "".join(f"{line}\n" for line in lines[: state.timestamp.batch.value]))
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Add a line."""

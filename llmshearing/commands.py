@@ -1,0 +1,81 @@
+"""What all commands share: where they log, how an error is shown, which exit code follows, how their help looks.
+
+A main reads its arguments and gives its work to :func:`run`:
+
+    options = parser("python -m llmshearing.x", "Do x.", "python -m llmshearing.x a b").parse_args(argv)
+    return run(lambda: work(options))
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import select
+import sys
+from collections.abc import Callable
+from textwrap import indent
+from typing import Any
+
+from llmshearing.errors import ShearingError
+
+log = logging.getLogger("llmshearing")
+
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
+EXPECTED: tuple[type[Exception], ...] = (ShearingError, OSError)
+
+
+def run(
+    command: Callable[[], int],
+    *,
+    level: int = logging.INFO,
+    form: str = "%(message)s",
+    expected: tuple[type[Exception], ...] = EXPECTED,
+) -> int:
+    """Set up the log (on standard error), run a command, and return the exit code.
+
+    Args:
+        command: returns its own exit code.
+        level: of the log. form: of its lines. Both count only where the program has set up no log yet.
+        expected: errors that become one line and their ``exit_code`` (without one: 1); others keep their traceback.
+    """
+    logging.basicConfig(level=level, format=form, stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
+    try:
+        code = command()
+        sys.stdout.flush()  # here, and not at the interpreter's end, a closed pipe can be answered
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return PIPE_CLOSED
+        if not isinstance(error, expected):
+            raise
+        log.error("error: %s", error)
+        return int(getattr(error, "exit_code", 1))
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is our output that nobody reads any more (`... | head`), and not some other pipe that broke."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # standard output is no file here
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if gone := bool(poll.poll(0)):  # POLLERR: a pipe without a reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes once more at its end
+    return gone
+
+
+def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help ends with the examples, line by line as they are given."""
+    return argparse.ArgumentParser(prog=prog, description=description, **layout(examples))
+
+
+def layout(examples: str) -> dict[str, Any]:
+    """The same for ``add_parser`` of sub-commands."""
+    lines = indent(examples.strip("\n"), "  ")
+    title = "examples" if "\n" in lines else "example"
+    return {"epilog": f"{title}:\n{lines}", "formatter_class": argparse.RawDescriptionHelpFormatter}
