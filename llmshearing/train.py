@@ -42,6 +42,7 @@ from llmshearing.training.resilience.signals import StopRequest, stop_request
 from llmshearing.training.resilience.stop import StopOnSignal
 from llmshearing.training.resilience.watch import Watch, meet, watching
 from llmshearing.training.source import Source, build_masks, load_model, mask_info, read_source
+from llmshearing.training.start import check_start, start_masks
 
 log = logging.getLogger("llmshearing.train")
 
@@ -79,7 +80,8 @@ def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config)
     if masks is not None:
         multipliers = [*masks.lambda_1.parameters(), *masks.lambda_2.parameters()]
         groups.append({"name": "masks", "params": list(masks.log_alpha.parameters())})
-        groups.append({"name": "multipliers", "params": multipliers})
+        if multipliers:
+            groups.append({"name": "multipliers", "params": multipliers})
         for group in groups[1:]:
             group |= {"lr": o.lag_lr, "weight_decay": 0.0}
     return groups
@@ -106,7 +108,7 @@ def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
     chosen: list[Algorithm] = [Gradients(masks, *clipping)]
     if masks is not None and cfg.model.l0_module is not None:
         constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
-        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
+        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps or "0ba", constant))
     return chosen
 
 
@@ -223,8 +225,10 @@ def check_files(cfg: Config) -> None:
     """Refuse before anything is built what Composer tells only later: no checkpoint to load, others in the way.
 
     Raises:
-        ShearingError: load_path is not there, or save_folder holds an earlier run that would be mixed with this one.
+        ShearingError: the masks' start or load_path is not there, or save_folder holds an earlier run that would be
+            mixed with this one.
     """
+    check_start(cfg.model.l0_module)
     if cfg.autoresume:
         return
     if cfg.load_path is not None:
@@ -247,9 +251,11 @@ def build_trainer(
 ) -> Trainer:
     """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made."""
     masks = build_masks(source, cfg)
-    prepare(cfg, source, masks)
+    found = prepare(cfg, source, masks)
     train, evaluation = build_data(cfg, source)
     l0 = cfg.model.l0_module
+    if masks is not None:
+        start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
     hf_model = load_model(source, cfg)
     model = ShearingModel(
         hf_model,
@@ -354,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
+            check_start(cfg.model.l0_module)
             source = read_source(cfg)
             build_masks(source, cfg)
             sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")

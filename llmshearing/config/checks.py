@@ -140,7 +140,7 @@ def check_times(cfg: Config) -> Iterator[str]:
     if t_max != "1dur":
         times.append(("scheduler.t_warmup", warmup, "scheduler.t_max", t_max))
     if cfg.model.l0_module is not None:
-        steps = cfg.model.l0_module.lagrangian_warmup_steps
+        steps = cfg.model.l0_module.lagrangian_warmup_steps or "0ba"
         times.append(("model.l0_module.lagrangian_warmup_steps", steps, "max_duration", cfg.max_duration))
     for key, value, other, limit in times:
         (short, unit), (long, other_unit) = _comparable(cfg, value), _comparable(cfg, limit)
@@ -245,6 +245,8 @@ def check_masks(cfg: Config) -> Iterator[str]:
         )
     if l0.target_sparsity is not None and not 0 < l0.target_sparsity < 1:
         yield f"{prefix}.target_sparsity = {l0.target_sparsity}: between 0 and 1"
+    if l0.constraint == "exact" and l0.target_model is None:
+        yield f"{prefix}.constraint = exact without {TARGET}: a target_sparsity alone goes with lagrangian"
     if l0.target_sparsity is not None and l0.start_sparsity > l0.target_sparsity:
         yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
 

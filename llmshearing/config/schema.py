@@ -24,6 +24,8 @@ from llmshearing.families.names import MASKS
 
 MASK_KINDS = MASKS
 FREE_MAPPING = dict[str, Any]
+OPEN = "open"
+"""`model.l0_module.start` without information."""
 
 
 @dataclass
@@ -65,8 +67,22 @@ class L0Module:
     """Share of the source's prunable parameters to remove, in (0, 1), where the shape is left to training."""
     start_sparsity: float = number(0.0, low=0, high=1)
     """Sparsity the warm-up starts from, 0 to 1."""
-    lagrangian_warmup_steps: str = time("0.2dur")
-    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up."""
+    lagrangian_warmup_steps: str | None = time(None)
+    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: 0.2dur;
+    with an informed start 0ba, since a row that is to be open first forgets what it was told."""
+    start: str = OPEN
+    """Where the masks start (docs/masks.md). open: all units open; a method of `llmshearing.prune`, such as activation:
+    it chooses once, before training; or the path of a selection.safetensors."""
+    start_spread: float = number(2.0, low=0, above=True)
+    """How sure an informed start is: 1 puts the first and the last unit of a row at the ends of log alpha's range,
+    2 half of the units."""
+    start_samples: int = count(64)
+    """Sequences of the training split that a method sees."""
+    constraint: str = choice("lagrangian", "lagrangian", "exact")
+    """How the target is kept. lagrangian: multipliers pull toward it; exact: log alpha is shifted onto it after every
+    step (needs target_model)."""
+    noise: float = number(1.0, low=0)
+    """Scale of the noise of the sampled gates; 0: none."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)

@@ -1,4 +1,4 @@
-"""The Algorithm that drives the masks: step and warm-up before each batch, projection after it."""
+"""The Algorithm that drives the masks: step and warm-up before each batch, projection or exact shift after it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def warmup_progress(state: State, warmup: Time) -> float:
 class Shearing(Algorithm):
     """Sets the masks' step and progress before a batch and projects log alpha after it.
 
+    Under the exact constraint log alpha is shifted instead, to the target of the batch that comes: gates are always
+    sampled from rows that expect it. What a checkpoint holds is on target too, so that going on shifts nothing.
+
     Args:
         masks: the model's masks. warmup: time over which target sparsity rises, a Composer time string.
         constant_lr: learning rate of masks and multipliers where they do not follow the weights' schedule, else None.
@@ -44,14 +47,19 @@ class Shearing(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """See the class."""
-        if event == Event.BATCH_END:
-            self.masks.project()
-        else:
+        if event == Event.BATCH_START:
             self._start(state)
+        elif self.masks.exact:
+            self.masks.progress = warmup_progress(state, self.warmup)  # the clock has moved on to the next batch
+            self.masks.hold()
+        else:
+            self.masks.project()
 
     def _start(self, state: State) -> None:
         self.masks.step = state.timestamp.batch.value
         self.masks.progress = warmup_progress(state, self.warmup)
+        if self.masks.exact and not self.masks.step:
+            self.masks.hold()
         if self.constant_lr is not None:
             for group in state.optimizers[0].param_groups:
                 if group.get("name") in ("masks", "multipliers"):
