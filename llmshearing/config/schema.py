@@ -17,6 +17,7 @@ from llmshearing.config.values import (
     number,
     parse_betas,
     parse_microbatch,
+    parse_rate,
     parse_subset,
     time,
 )
@@ -223,10 +224,12 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = number(0.0, low=0)
     """Decay of the weights, per step."""
-    lag_lr: float = number(1.0, low=0)
-    """Learning rate of masks and multipliers."""
+    lag_lr: int | float | str = checked(1.0, parse_rate)
+    """Learning rate of masks and multipliers; auto: rates that follow the length of the run and of the masks' warm-up
+    (docs/masks.md). The published 1.0 is made for 3200 steps."""
     schedule_masks: bool = True
-    """Masks and multipliers follow the weights' schedule, as in the predecessor; false keeps lag_lr constant."""
+    """Masks and multipliers follow the weights' schedule, as in the predecessor; false keeps lag_lr constant. auto
+    follows no schedule."""
 
 
 @dataclass
