@@ -222,9 +222,10 @@ def check_files(cfg: Config) -> None:
         ShearingError: the masks' start or load_path is not there, or save_folder holds an earlier run that would be
             mixed with this one.
     """
-    check_start(cfg.model.l0_module)
     if cfg.autoresume:
         return
+    if cfg.load_path is None:  # masks may come from a checkpoint, and then need no start
+        check_start(cfg.model.l0_module)
     if cfg.load_path is not None:
         path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
         if "://" not in cfg.load_path:
