@@ -28,6 +28,7 @@ from llmshearing.training.resilience.signals import stop_request
 from llmshearing.training.resilience.stop import StopOnSignal
 from llmshearing.training.resilience.watch import meet, watching
 from llmshearing.training.source import Source, build_masks, read_source
+from llmshearing.training.start import check_start
 
 log = logging.getLogger("llmshearing.train")
 
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> int:
         cfg = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
+            check_start(cfg.model.l0_module)
             source = read_source(cfg)
             build_masks(source, cfg)
             sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")

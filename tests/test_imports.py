@@ -1,4 +1,4 @@
-"""Imports point one way: train -> training, prune -> checkpoints -> masks -> fold, data -> families; config."""
+"""Imports point one way: train -> training -> prune -> checkpoints -> masks -> fold, data -> families; config."""
 
 import ast
 import subprocess
@@ -17,7 +17,8 @@ LAYERS = [
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
-    {"prune", "training", "checkpoint"},
+    {"prune", "checkpoint"},
+    {"training"},
     {"train", "utils"},
     {"cli"},
     {"__main__"},

@@ -40,7 +40,8 @@ class CheckpointInfo:
     hf_config: dict[str, Any]
     """``config.to_dict()`` of the model in the file."""
     masks: dict[str, Any] | None = None
-    """kinds, target, target_sparsity, start_sparsity, seed, head_mode of its masks; None: it has none."""
+    """kinds, target, target_sparsity, start_sparsity, seed, constraint, noise, head_mode of its masks; None: it has
+    none."""
     run_config: str | None = None
     """YAML of the training run."""
     tokenizer: str | None = None
@@ -166,8 +167,10 @@ def load_masks(checkpoint: Checkpoint) -> L0Masks:
             "(model.l0_module) saved; a model that is already compact goes to composer_to_hf as it is"
         )
     keys = ("kinds", "target", "target_sparsity", "start_sparsity", "seed")
+    later = ("constraint", "noise")  # older checkpoints, which do not tell them, have the defaults
     try:
-        masks = L0Masks(checkpoint.table, **{key: about[key] for key in keys})
+        told = {key: about[key] for key in keys} | {key: about[key] for key in later if key in about}
+        masks = L0Masks(checkpoint.table, **told)
         masks.load_state_dict(checkpoint.masks, strict=True)
     except KeyError as error:
         raise ShearingError(f"{checkpoint.path}: CheckpointInfo does not tell {error} of the masks") from error

@@ -9,12 +9,13 @@ from math import isclose
 
 from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
 from llmshearing.config.shapes import FACTS, Shape, source_problems, source_shape, target_shape
-from llmshearing.config.values import parse_time
+from llmshearing.config.values import AUTO, parse_time
 from llmshearing.families.names import BLOCK_MASKS, BLOCKS, LAYERS, MASK_OF_SIZE, YAML_KEYS
 
 Check = Callable[[Config], Iterator[str]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 TARGET = "model.l0_module.target_model"
+WARMUP = "model.l0_module.lagrangian_warmup_steps"
 
 
 def reads(*keys: str) -> Callable[[Check], Check]:
@@ -140,8 +141,8 @@ def check_times(cfg: Config) -> Iterator[str]:
     if t_max != "1dur":
         times.append(("scheduler.t_warmup", warmup, "scheduler.t_max", t_max))
     if cfg.model.l0_module is not None:
-        steps = cfg.model.l0_module.lagrangian_warmup_steps
-        times.append(("model.l0_module.lagrangian_warmup_steps", steps, "max_duration", cfg.max_duration))
+        steps = cfg.model.l0_module.lagrangian_warmup_steps or "0ba"
+        times.append((WARMUP, steps, "max_duration", cfg.max_duration))
     for key, value, other, limit in times:
         (short, unit), (long, other_unit) = _comparable(cfg, value), _comparable(cfg, limit)
         if unit == other_unit and short > long:
@@ -156,6 +157,24 @@ def _comparable(cfg: Config, text: str) -> tuple[float, str]:
         return value * whole, unit
     per_unit = {"ba": float(cfg.global_train_batch_size), "sp": 1.0, "tok": 1 / cfg.max_seq_len}
     return (value * per_unit[unit], "sp") if unit in per_unit else (value, unit)
+
+
+def steps_of(cfg: Config, text: str) -> float | None:
+    """A time in optimizer steps; None where that cannot be told before training (epochs, seconds)."""
+    value, unit = _comparable(cfg, text)
+    return value / cfg.global_train_batch_size if unit == "sp" else None
+
+
+@reads("optimizer.lag_lr", "max_duration", "model.l0_module", "global_train_batch_size", "max_seq_len")
+def check_auto_rate(cfg: Config) -> Iterator[str]:
+    """Rates that follow the run's length need one in steps."""
+    l0, key = cfg.model.l0_module, "optimizer.lag_lr"
+    if cfg.optimizer.lag_lr != AUTO or l0 is None:
+        return
+    times = {"max_duration": cfg.max_duration, WARMUP: l0.lagrangian_warmup_steps or "0ba"}
+    for name, text in times.items():
+        if not text.endswith("dur") and steps_of(cfg, text) is None:
+            yield f"{key} = {AUTO} with {name} = {text}: it needs a time in ba, sp or tok, or a number as the rate"
 
 
 @reads("max_duration")
@@ -245,6 +264,8 @@ def check_masks(cfg: Config) -> Iterator[str]:
         )
     if l0.target_sparsity is not None and not 0 < l0.target_sparsity < 1:
         yield f"{prefix}.target_sparsity = {l0.target_sparsity}: between 0 and 1"
+    if l0.constraint == "exact" and l0.target_model is None:
+        yield f"{prefix}.constraint = exact without {TARGET}: a target_sparsity alone goes with lagrangian"
     if l0.target_sparsity is not None and l0.start_sparsity > l0.target_sparsity:
         yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llmshearing.config.checks import ATTENTION, cross_problems
-from llmshearing.config.schema import Config
+from llmshearing.config.schema import OPEN, Config
 from llmshearing.errors import ShearingError
 
 
@@ -45,6 +45,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         cfg.model.attn_implementation = ATTENTION.get(cfg.model.attn_impl or "torch")
     if "model" not in reader.reported and cfg.model.activation_checkpointing is None:
         cfg.model.activation_checkpointing = bool(cfg.fsdp_config and cfg.fsdp_config.activation_checkpointing)
+    l0 = cfg.model.l0_module if "model" not in reader.reported else None
+    if l0 is not None and l0.lagrangian_warmup_steps is None:
+        l0.lagrangian_warmup_steps = "0.2dur" if l0.start == OPEN else "0ba"
     problems += cross_problems(cfg, reader.reported)
     if problems:
         raise ConfigError(path, problems)

@@ -17,6 +17,7 @@ from llmshearing.config.values import (
     number,
     parse_betas,
     parse_microbatch,
+    parse_rate,
     parse_subset,
     time,
 )
@@ -24,6 +25,8 @@ from llmshearing.families.names import MASKS
 
 MASK_KINDS = MASKS
 FREE_MAPPING = dict[str, Any]
+OPEN = "open"
+"""`model.l0_module.start` without information."""
 
 
 @dataclass
@@ -65,8 +68,22 @@ class L0Module:
     """Share of the source's prunable parameters to remove, in (0, 1), where the shape is left to training."""
     start_sparsity: float = number(0.0, low=0, high=1)
     """Sparsity the warm-up starts from, 0 to 1."""
-    lagrangian_warmup_steps: str = time("0.2dur")
-    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up."""
+    lagrangian_warmup_steps: str | None = time(None)
+    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: 0.2dur;
+    with an informed start 0ba, since a row that is to be open first forgets what it was told."""
+    start: str = OPEN
+    """Where the masks start (docs/masks.md). open: all units open; a method of `llmshearing.prune`, such as activation:
+    it chooses once, before training; or the path of a selection.safetensors."""
+    start_spread: float = number(2.0, low=0, above=True)
+    """How sure an informed start is: 1 puts the first and the last unit of a row at the ends of log alpha's range,
+    2 half of the units."""
+    start_samples: int = count(64)
+    """Sequences of the training split that a method sees."""
+    constraint: str = choice("lagrangian", "lagrangian", "exact")
+    """How the target is kept. lagrangian: multipliers pull toward it; exact: log alpha is shifted onto it after every
+    step (needs target_model)."""
+    noise: float = number(1.0, low=0)
+    """Scale of the noise of the sampled gates; 0: none."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)
@@ -207,10 +224,12 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = number(0.0, low=0)
     """Decay of the weights, per step."""
-    lag_lr: float = number(1.0, low=0)
-    """Learning rate of masks and multipliers."""
+    lag_lr: int | float | str = checked(1.0, parse_rate)
+    """Learning rate of masks and multipliers; auto: rates that follow the length of the run and of the masks' warm-up
+    (docs/masks.md). The published 1.0 is made for 3200 steps."""
     schedule_masks: bool = True
-    """Masks and multipliers follow the weights' schedule, as in the predecessor; false keeps lag_lr constant."""
+    """Masks and multipliers follow the weights' schedule, as in the predecessor; false keeps lag_lr constant. auto
+    follows no schedule."""
 
 
 @dataclass

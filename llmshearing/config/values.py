@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
+AUTO = "auto"
+"""What is told by the rest of the configuration."""
+
 UNITS = ("iter", "ep", "ba", "sp", "tok", "dur", "sec")
 """Composer's time units: iterations, epochs, batches, samples, tokens, fraction of max_duration, seconds."""
 
@@ -100,6 +103,17 @@ def parse_microbatch(value: int | str) -> int | str:
     if value != "auto" and (isinstance(value, str) or value < 1):
         raise ValueError("a whole number of samples, at least 1, or auto")
     return value
+
+
+def parse_rate(value: float | str) -> float | str:
+    """A learning rate, or `auto`."""
+    try:
+        number_given = None if isinstance(value, (bool, list, dict)) else float(value)
+    except ValueError:
+        number_given = None
+    if value != AUTO and (number_given is None or not 0 <= number_given < float("inf")):
+        raise ValueError(f"a number of at least 0, or {AUTO}")
+    return AUTO if number_given is None else number_given
 
 
 def parse_betas(value: list[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """The hard concrete distribution: gates in [0, 1] that are exactly 0 or 1 with positive probability.
 
-    s    = sigmoid((ln u - ln(1-u) + log_alpha) / beta)        u ~ U(eps, 1-eps)
+    s    = sigmoid((scale (ln u - ln(1-u)) + log_alpha) / beta)        u ~ U(eps, 1-eps), scale 1
     gate = clip(s (r - l) + l, 0, 1)                           stretched to (l, r), then clipped
 
 Louizos, Welling, Kingma 2018 (arXiv:1712.01312), with the constants of CoFi (arXiv:2204.00408) and Sheared LLaMA
@@ -27,9 +27,12 @@ def clamp(log_alpha: Tensor) -> Tensor:
     return log_alpha.clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
 
-def sample(log_alpha: Tensor, noise: Tensor) -> Tensor:
-    """Gates for uniform ``noise`` in (eps, 1-eps), both [..., N]."""
-    s = torch.sigmoid((torch.log(noise) - torch.log1p(-noise) + clamp(log_alpha)) / BETA)
+def sample(log_alpha: Tensor, noise: Tensor, scale: float = 1.0) -> Tensor:
+    """Gates for uniform ``noise`` in (eps, 1-eps), both [..., N].
+
+    scale: of the logit of the noise; 0 leaves none. The distribution, and P(open) with it, is that of scale 1.
+    """
+    s = torch.sigmoid((scale * (torch.log(noise) - torch.log1p(-noise)) + clamp(log_alpha)) / BETA)
     return (s * (RIGHT - LEFT) + LEFT).clamp(0.0, 1.0)
 
 

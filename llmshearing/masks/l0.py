@@ -17,11 +17,14 @@ from llmshearing.families.table import EXPERT, Dimension, Table, axes_of
 from llmshearing.fold.fold import check_foldable, folded_shape
 from llmshearing.fold.selection import Selection, Units
 from llmshearing.masks import hard_concrete, lagrangian
+from llmshearing.masks.exact import shifted
 
 # Multipliers of the variant that has one target for all.
 TOTAL = "total"
 # Start just inside the clamp range: a sample is then fully open with probability 0.95.
 INITIAL_MEAN, INITIAL_STD = 4.5, 0.01
+# How expected sparsity is kept: a penalty pulls it, or log alpha is shifted after every step (`masks.exact`).
+LAGRANGIAN, EXACT = "lagrangian", "exact"
 
 
 class L0Masks(nn.Module):
@@ -33,9 +36,11 @@ class L0Masks(nn.Module):
         target: kind -> open units in each row at the end; None for one total ``target_sparsity``.
         target_sparsity: fraction of the counted parameters to remove, where there is no target shape.
         start_sparsity: target at step 0. seed: of initial values and noise.
+        constraint: ``lagrangian`` or ``exact``; exact needs a target shape, and there are no multipliers then.
+        noise: scale of the sampled gates' noise; 0: gates without noise.
 
     Raises:
-        ShearingError: unknown kinds, or a target missing, unknown or out of range.
+        ShearingError: unknown kinds, a target missing, unknown or out of range, or a constraint that cannot be kept.
     """
 
     def __init__(
@@ -46,9 +51,12 @@ class L0Masks(nn.Module):
         target_sparsity: float | None = None,
         start_sparsity: float = 0.0,
         seed: int = 17,
+        constraint: str = LAGRANGIAN,
+        noise: float = 1.0,
     ) -> None:
         super().__init__()
         self.table, self.kinds, self.seed = table, list(kinds), seed
+        self.constraint, self.noise = constraint, noise
         self.target = dict(target) if target is not None else None
         self.target_sparsity, self.start_sparsity = target_sparsity, start_sparsity
         self.shapes = {kind: self._shape(kind) for kind in self.kinds}
@@ -59,9 +67,15 @@ class L0Masks(nn.Module):
             values = INITIAL_MEAN + INITIAL_STD * torch.randn(self.shapes[kind], generator=generator)
             self.log_alpha[kind] = nn.Parameter(hard_concrete.clamp(values))
         multipliers = self.kinds if target is not None else [TOTAL]
+        multipliers = [] if self.exact else multipliers
         self.lambda_1 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
         self.lambda_2 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
         self.step, self.progress = 0, 0.0  # optimizer step; elapsed / warm-up: set before each batch
+
+    @property
+    def exact(self) -> bool:
+        """Whether log alpha is shifted to the target, which leaves nothing to a penalty."""
+        return self.constraint == EXACT
 
     def _shape(self, kind: str) -> tuple[int, ...]:
         if kind in BLOCK_KINDS:
@@ -78,6 +92,12 @@ class L0Masks(nn.Module):
             raise ShearingError("masks need either a target shape or target_sparsity, and not both")
         if self.target_sparsity is not None and not 0 <= self.target_sparsity < 1:
             raise ShearingError(f"target_sparsity is {self.target_sparsity}; it must be 0 or more and less than 1")
+        if self.constraint not in (LAGRANGIAN, EXACT):
+            raise ShearingError(f"constraint {self.constraint!r} is unknown; there are {LAGRANGIAN} and {EXACT}")
+        if self.exact and self.target is None:
+            raise ShearingError("constraint exact needs a target shape; target_sparsity alone goes with lagrangian")
+        if not 0 <= self.noise < float("inf"):
+            raise ShearingError(f"noise is {self.noise}; it must be 0 or more")
         untrained = sorted(set(self.target or ()) - set(self.kinds))
         if untrained:
             raise ShearingError(f"the target names {', '.join(untrained)}, of which there is no mask")
@@ -99,7 +119,9 @@ class L0Masks(nn.Module):
         """Gates of this step, with a gradient to log alpha; the same in every microbatch and on every rank."""
         return {
             kind: hard_concrete.sample(
-                a, hard_concrete.uniform_noise(tuple(a.shape), seed=self.seed, step=self.step, kind=kind, like=a)
+                a,
+                hard_concrete.uniform_noise(tuple(a.shape), seed=self.seed, step=self.step, kind=kind, like=a),
+                self.noise,
             )
             for kind, a in self.log_alpha.items()
         }
@@ -150,7 +172,7 @@ class L0Masks(nn.Module):
         return {kind: lagrangian.target_now(value, self.start_sparsity, self.progress) for kind, value in final.items()}
 
     def penalty(self, ascending: bool = True) -> Tensor:
-        """The Lagrangian term at the current progress, a scalar.
+        """The Lagrangian term at the current progress, a scalar; 0 under the exact constraint.
 
         ascending: turn the multipliers' gradients round, so that the one descending optimizer ascends on them.
         """
@@ -159,7 +181,8 @@ class L0Masks(nn.Module):
         else:
             sparsity = self.sparsity()
         total = torch.zeros((), device=next(self.parameters()).device)
-        for kind, target in self.targets_now().items():
+        targets = {} if self.exact else self.targets_now()
+        for kind, target in targets.items():
             first, second = self.lambda_1[kind], self.lambda_2[kind]
             if ascending:
                 first, second = lagrangian.ascend(first), lagrangian.ascend(second)
@@ -171,6 +194,14 @@ class L0Masks(nn.Module):
         """Put log alpha back into its range. Outside of it the gradient is 0, and a step of size 1 overshoots."""
         for a in self.log_alpha.values():
             a.clamp_(hard_concrete.LOG_ALPHA_MIN, hard_concrete.LOG_ALPHA_MAX)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Shift every row so that it expects exactly its target at the current progress to be open (`masks.exact`)."""
+        for kind, target in self.targets_now().items():
+            a = self.log_alpha[kind]
+            size = self.row_size(kind)
+            a.copy_(shifted(self.rows(kind, a), size * (1 - target)).reshape(a.shape))
 
 
 def expected_parameters(table: Table, probability: Mapping[str, Tensor]) -> Tensor:

@@ -10,9 +10,10 @@ Shape legend: N sequences to select by, M to report on, T tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, FOR_PRUNE, split_
 from llmshearing.data.text.corpus import corpus_texts
 from llmshearing.data.text.long import LONG, encode_long
 from llmshearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    from llmshearing.data.mds.shards import MdsDirectory
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +148,17 @@ def _spread(directories: list[Path], length: int | None, vocab_size: int, number
     for path in directories:
         opened.append(MdsDirectory(path, length, vocab_size))
         length = opened[-1].max_seq_len
+    return spread(opened, number)
+
+
+def spread(opened: Sequence[MdsDirectory], number: int) -> Tensor:
+    """``number`` sequences (or all there are), evenly over directories and within each. int64 [N, T]."""
     rows = []
     for at, directory in enumerate(opened):
         share = number // len(opened) + (at < number % len(opened))
         places = np.unique(np.linspace(0, len(directory) - 1, min(share, len(directory))).round().astype(int))
         rows += [torch.from_numpy(directory[int(place)][0]) for place in places]
-    return torch.stack(rows) if rows else torch.empty(0, length or 0, dtype=torch.int64)
+    return torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
 
 
 def _from_text(path: Path, tokenizer: Path | str, length: int, options: SequenceOptions) -> Calibration:

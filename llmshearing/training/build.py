@@ -26,11 +26,13 @@ from llmshearing.training.callbacks.shearing import Shearing
 from llmshearing.training.distributed import fsdp2
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.optimizer import FusedDecoupledAdamW
+from llmshearing.training.rates import build_rates, mask_groups
 from llmshearing.training.resilience.build import build_safety
 from llmshearing.training.resilience.resume import plain_data_only, prepare
 from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.watch import Watch
 from llmshearing.training.source import Source, build_masks, load_model, mask_info
+from llmshearing.training.start import start_masks
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +57,8 @@ LOGGERS = {
 
 def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config) -> list[dict[str, Any]]:
     """Weights, masks and multipliers; only weights decay. The multipliers' ascent stands in the objective."""
-    o = cfg.optimizer
     groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
-    if masks is not None:
-        multipliers = [*masks.lambda_1.parameters(), *masks.lambda_2.parameters()]
-        groups.append({"name": "masks", "params": list(masks.log_alpha.parameters())})
-        groups.append({"name": "multipliers", "params": multipliers})
-        for group in groups[1:]:
-            group |= {"lr": o.lag_lr, "weight_decay": 0.0}
-    return groups
+    return groups if masks is None else [*groups, *mask_groups(masks, cfg)]
 
 
 def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
@@ -86,8 +81,9 @@ def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
     clipping = (clip.clipping_type, clip.clipping_threshold) if clip is not None else ()
     chosen: list[Algorithm] = [Gradients(masks, *clipping)]
     if masks is not None and cfg.model.l0_module is not None:
-        constant = None if cfg.optimizer.schedule_masks else cfg.optimizer.lag_lr
-        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps, constant))
+        rates = build_rates(cfg)
+        constant = None if cfg.optimizer.schedule_masks or rates is not None else float(cfg.optimizer.lag_lr)
+        chosen.append(Shearing(masks, cfg.model.l0_module.lagrangian_warmup_steps or "0ba", constant, rates))
     return chosen
 
 
@@ -205,9 +201,11 @@ def build_trainer(
 ) -> Trainer:
     """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made."""
     masks = build_masks(source, cfg)
-    prepare(cfg, source, masks)
+    found = prepare(cfg, source, masks)
     train, evaluation = build_data(cfg, source)
     l0 = cfg.model.l0_module
+    if masks is not None:
+        start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
     hf_model = load_model(source, cfg)
     model = ShearingModel(
         hf_model,

@@ -120,13 +120,13 @@ class ShearingModel(ComposerModel):
         return torch.autocast("cpu", dtype=self.autocast)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: ``input_ids`` [B, T]. Returns ``sample_loss`` [B] (nats per token) and, with masks, ``penalty``."""
+        """batch: ``input_ids`` [B, T]. Returns ``sample_loss`` [B] (nats per token) and the masks' ``penalty``."""
         input_ids = batch["input_ids"]
         self.set_selection()
         with self._autocast(input_ids.device):
             logits = self.model(input_ids=input_ids, use_cache=False).logits
         outputs = {"sample_loss": token_losses(logits, input_ids).mean(-1)}
-        if self.masks is not None and self.training:
+        if self.masks is not None and self.training and not self.masks.exact:
             outputs["penalty"] = self.masks.penalty()
         return outputs
 

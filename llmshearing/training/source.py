@@ -139,7 +139,9 @@ def build_masks(source: Source, cfg: Config) -> L0Masks | None:
         layers = source.target[source.table.layers_key]
         target = {kind: layers if kind in BLOCK_KINDS else units[kind] for kind in l0.pruning_modules}
     sparsity = l0.target_sparsity if target is None else None
-    return L0Masks(source.table, l0.pruning_modules, target, sparsity, l0.start_sparsity, l0.seed)
+    return L0Masks(
+        source.table, l0.pruning_modules, target, sparsity, l0.start_sparsity, l0.seed, l0.constraint, l0.noise
+    )
 
 
 def mask_info(masks: L0Masks | None, head_mode: str) -> dict[str, Any] | None:
@@ -152,5 +154,7 @@ def mask_info(masks: L0Masks | None, head_mode: str) -> dict[str, Any] | None:
         "target_sparsity": masks.target_sparsity,
         "start_sparsity": masks.start_sparsity,
         "seed": masks.seed,
+        "constraint": masks.constraint,
+        "noise": masks.noise,
         "head_mode": head_mode,
     }

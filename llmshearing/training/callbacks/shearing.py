@@ -1,11 +1,14 @@
-"""The Algorithm that drives the masks: step and warm-up before each batch, projection after it."""
+"""The Algorithm that drives the masks: step and warm-up before each batch, projection or exact shift after it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.rates import Rates
 
 
 def elapsed(state: State, unit: TimeUnit) -> float:
@@ -30,13 +33,20 @@ def warmup_progress(state: State, warmup: Time) -> float:
 class Shearing(Algorithm):
     """Sets the masks' step and progress before a batch and projects log alpha after it.
 
+    Under the exact constraint log alpha is shifted instead, to the target of the batch that comes: gates are always
+    sampled from rows that expect it. What a checkpoint holds is on target too, so that going on shifts nothing.
+
     Args:
         masks: the model's masks. warmup: time over which target sparsity rises, a Composer time string.
         constant_lr: learning rate of masks and multipliers where they do not follow the weights' schedule, else None.
+        rates: their learning rates where these follow the stage's length, else None.
     """
 
-    def __init__(self, masks: L0Masks, warmup: str, constant_lr: float | None = None) -> None:
+    def __init__(
+        self, masks: L0Masks, warmup: str, constant_lr: float | None = None, rates: Rates | None = None
+    ) -> None:
         self.masks, self.warmup, self.constant_lr = masks, Time.from_timestring(warmup), constant_lr
+        self.rates = rates
 
     def match(self, event: Event, state: State) -> bool:
         """Batch start and end."""
@@ -44,15 +54,27 @@ class Shearing(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """See the class."""
-        if event == Event.BATCH_END:
-            self.masks.project()
-        else:
+        if event == Event.BATCH_START:
             self._start(state)
+        elif self.masks.exact:
+            self.masks.progress = warmup_progress(state, self.warmup)  # the clock has moved on to the next batch
+            self.masks.hold()
+        else:
+            self.masks.project()
 
     def _start(self, state: State) -> None:
         self.masks.step = state.timestamp.batch.value
         self.masks.progress = warmup_progress(state, self.warmup)
-        if self.constant_lr is not None:
-            for group in state.optimizers[0].param_groups:
-                if group.get("name") in ("masks", "multipliers"):
-                    group["lr"] = self.constant_lr
+        if self.masks.exact and not self.masks.step:
+            self.masks.hold()
+        if self.rates is not None:
+            self._set_rates(state, self.rates.at(self.masks.step))
+        elif self.constant_lr is not None:
+            self._set_rates(state, dict.fromkeys(("masks", "multipliers"), self.constant_lr))
+
+    @staticmethod
+    def _set_rates(state: State, rates: Mapping[str, float]) -> None:
+        """rates: by name of the optimizer's group; the others keep theirs."""
+        for group in state.optimizers[0].param_groups:
+            if group.get("name") in rates:
+                group["lr"] = rates[group["name"]]

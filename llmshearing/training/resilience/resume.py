@@ -29,6 +29,7 @@ from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
 from llmshearing.training.resilience.saver import WRITING
 from llmshearing.training.source import Source
+from llmshearing.training.start import check_start
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +73,13 @@ def check_files(cfg: Config) -> None:
     """Refuse before anything is built what Composer tells only later: no checkpoint to load, others in the way.
 
     Raises:
-        ShearingError: load_path is not there, or save_folder holds an earlier run that would be mixed with this one.
+        ShearingError: the masks' start or load_path is not there, or save_folder holds an earlier run that would be
+            mixed with this one.
     """
     if cfg.autoresume:
         return
+    if cfg.load_path is None:  # masks may come from a checkpoint, and then need no start
+        check_start(cfg.model.l0_module)
     if cfg.load_path is not None:
         path = Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
         if "://" not in cfg.load_path:
