@@ -341,6 +341,20 @@ class Fsdp:
 
 
 @dataclass
+class Distill:
+    """Training toward a teacher's logits: weight x divergence + ce x cross-entropy."""
+
+    path: str | None = None
+    """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
+    weight: float = number(1.0, low=0, above=True)
+    """Of the forward KL divergence from the teacher, nats a token."""
+    ce: float = number(0.0, low=0)
+    """Of the cross-entropy with the data beside it."""
+    temperature: float = number(1.0, low=0, above=True)
+    """Both sides' logits are divided by it."""
+
+
+@dataclass
 class Config:
     """A run of `train.py`."""
 
@@ -402,6 +416,8 @@ class Config:
     """Time between console logs."""
     python_log_level: str | None = choice("info", "debug", "info", "warning", "error")
     """Level of Python's logging; null leaves it."""
+    distill: Distill | None = None
+    """Follow a teacher; null: the data alone. docs/distillation.md."""
     callbacks: Callbacks = field(default_factory=Callbacks)
     """Domain mixture and Composer's monitors."""
     loggers: Loggers = field(default_factory=Loggers)

@@ -23,6 +23,7 @@ from llmshearing.training.callbacks.gradients import Gradients
 from llmshearing.training.callbacks.losses import LossMonitor
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
+from llmshearing.training.distillation import build_teacher
 from llmshearing.training.distributed import fsdp2
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.optimizer import FusedDecoupledAdamW
@@ -214,6 +215,7 @@ def build_trainer(
         eval_target_model=l0.eval_target_model if l0 else False,
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
+        teacher=build_teacher(cfg, source),
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)

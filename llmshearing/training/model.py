@@ -22,8 +22,9 @@ from transformers.modeling_utils import AttentionInterface
 from llmshearing.families import table_for
 from llmshearing.fold.gating import attach
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.distillation import Teacher
 from llmshearing.training.distributed import mark_units
-from llmshearing.training.loss import token_losses
+from llmshearing.training.loss import distillation_losses, token_losses
 
 # transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
 # which is what packed sequences without padding need.
@@ -81,6 +82,7 @@ class ShearingModel(ComposerModel):
         eval_target_model: evaluate at the target shape; else at the size the masks now expect.
         round_to: round the open elements of each axis up to a multiple (extra units have gate 0).
         autocast: dtype of CPU autocast inside forward; Composer itself accepts only float32 on a CPU.
+        teacher: whose logits training follows; None: cross-entropy alone. Evaluation is cross-entropy always.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class ShearingModel(ComposerModel):
         eval_target_model: bool = False,
         round_to: int = 1,
         autocast: torch.dtype | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
+        self.teacher = teacher  # no module: neither trained nor saved
         self.model = model
         self.masks = masks
         self.table = masks.table if masks is not None else table_for(model.config)
@@ -125,14 +129,27 @@ class ShearingModel(ComposerModel):
         self.set_selection()
         with self._autocast(input_ids.device):
             logits = self.model(input_ids=input_ids, use_cache=False).logits
-        outputs = {"sample_loss": token_losses(logits, input_ids).mean(-1)}
+        outputs = self._losses(logits, input_ids)
         if self.masks is not None and self.training and not self.masks.exact:
             outputs["penalty"] = self.masks.penalty()
         return outputs
 
+    def _losses(self, logits: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """``sample_loss`` [B], and in distillation the ``objective`` and the ``divergence`` from the teacher [B]."""
+        if self.teacher is None or not self.training:
+            return {"sample_loss": token_losses(logits, input_ids).mean(-1)}
+        with self._autocast(input_ids.device):
+            theirs = self.teacher.logits(input_ids)
+        options = {"weight": self.teacher.weight, "ce": self.teacher.ce, "temperature": self.teacher.temperature}
+        losses = distillation_losses(logits, theirs, input_ids, **options)
+        return {
+            name: loss.mean(-1)
+            for name, loss in zip(("objective", "sample_loss", "divergence"), losses, strict=True)
+        }
+
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy plus the Lagrangian term."""
-        return outputs["sample_loss"].mean() + outputs.get("penalty", 0.0)
+        """Mean objective (cross-entropy where there is no teacher) plus the Lagrangian term."""
+        return outputs.get("objective", outputs["sample_loss"]).mean() + outputs.get("penalty", 0.0)
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """As forward; training metrics reuse the outputs of the training step."""

@@ -11,7 +11,8 @@ from llmshearing.checkpoints.folding import prune_and_save_model
 from llmshearing.errors import ShearingError
 from llmshearing.fold.selection import load_selection
 from llmshearing.masks import hard_concrete as hc
-from llmshearing.train import check_files, main, train
+from llmshearing.train import main, train
+from llmshearing.training.resilience.resume import check_files
 from llmshearing.training.source import read_source
 from llmshearing.training.start import choose
 

@@ -50,6 +50,7 @@ class LossMonitor(Callback):
         self.record = Path(record) if record is not None else None
         self.metric = DomainLoss(len(set_names))
         self.penalty: torch.Tensor | None = None
+        self.divergence: torch.Tensor | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Forget the last batch."""
@@ -60,19 +61,20 @@ class LossMonitor(Callback):
         """Take a microbatch's losses."""
         self.metric.update(state.outputs["sample_loss"], state.batch["set"])
         self.penalty = state.outputs["penalty"].detach() if "penalty" in state.outputs else None
+        self.divergence = state.outputs["divergence"].detach().mean() if "divergence" in state.outputs else None
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the batch."""
         mean = self.metric.compute()
-        penalty = [] if self.penalty is None else [self.penalty.to(mean)]
+        named_extra = {"loss/train/lagrangian": self.penalty, "loss/train/divergence": self.divergence}
+        extra = {name: value.to(mean) for name, value in named_extra.items() if value is not None}
         # One transfer from the device.
-        cross_entropy, *others = torch.cat([torch.stack([mean, *penalty]), self.metric.by_domain]).tolist()  # type: ignore[list-item]
+        cross_entropy, *others = torch.cat([torch.stack([mean, *extra.values()]), self.metric.by_domain]).tolist()  # type: ignore[list-item]
         metrics = {
             "loss/train/cross_entropy": cross_entropy,
             "loss/train/perplexity": math.exp(min(cross_entropy, 700.0)),
         }
-        if penalty:
-            metrics["loss/train/lagrangian"] = others.pop(0)
+        metrics |= {name: others.pop(0) for name in extra}
         metrics |= {f"loss/train/{name}": loss for name, loss in named(self.set_names, others).items()}
         logger.log_metrics(metrics)
 
