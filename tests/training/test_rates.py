@@ -13,7 +13,7 @@ from llmshearing.config.load import ConfigError
 from llmshearing.config.schema import Config, L0Module
 from llmshearing.families import table_for
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.train import build_optimizer
+from llmshearing.training.build import build_optimizer
 from llmshearing.training.rates import Rates, build_rates, mask_groups
 
 TARGET = {"hidden": 6, "head": 1, "intermediate": 5, "layer": 2}  # of 12, 2 groups, 10 and 3
