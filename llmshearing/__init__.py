@@ -10,7 +10,7 @@ from wrapt import when_imported
 
 from llmshearing import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 moved.install()
 
 

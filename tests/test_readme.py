@@ -1,4 +1,4 @@
-"""The commands of README's "Prune your own model" run, in its order and words; only sizes and places are small."""
+"""README's commands and Python, and that of docs/pruners.md, run in their words; only sizes and places are small."""
 
 import re
 import shlex
@@ -6,8 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers_prune import model_of
 from helpers_runs import ROOT, free_port, make_model, run, save_tokenizer
+from helpers_tokenizers import save_word_tokenizer
 from transformers import AutoModelForCausalLM
+
+from llmshearing.prune import prune
+from llmshearing.prune.methods import METHODS
 
 # The sizes of a toy, which README's commands get from the YAML files that they name.
 TOY = ["max_seq_len=32", "precision=fp32", "device=cpu", "fsdp_config=null", "eval_subset_num_batches=4"]
@@ -66,6 +71,48 @@ def test_readme_commands_run(lab, tmp_path: Path) -> None:
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", output_loading_info=True)
     assert not any(report.values())
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (20, 2)
+
+
+def python_blocks(document: str) -> list[str]:
+    """Blocks of Python of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def words_of_a_toy(folder: Path) -> Path:
+    """A small model with its tokenizer in ``folder``, and text for it."""
+    model_of("llama").save_pretrained(folder)
+    save_word_tokenizer(folder)
+    text = folder.parent / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{(3 * i + j * j) % 20}" for j in range(11)) for i in range(400)))
+    return text
+
+
+def test_readme_python_runs(tmp_path: Path) -> None:
+    """Only places and sizes are small."""
+    text = words_of_a_toy(tmp_path / "source")
+    (code,) = python_blocks("README.md")
+    code = code.replace("models/source", f"{tmp_path}/source").replace("out/", f"{tmp_path}/out/")
+    code = code.replace("data/mds", str(text))
+    for large, small in (("128", "6"), ("344", "5"), ('_layers": 6', '_layers": 2')):
+        assert large in code
+        code = code.replace(large, small)
+    found: dict = {}
+    exec(code, found)
+    assert found["model"].config.hidden_size == 6 and found["model"].config.num_hidden_layers == 2
+
+
+def test_the_pruner_of_the_document_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/pruners.md, "Add a pruner": the method runs, and keeps what its score says."""
+    words_of_a_toy(tmp_path / "source")
+    found: dict = {}
+    exec(python_blocks("docs/pruners.md")[0], found)
+    monkeypatch.setitem(METHODS, "magnitude", found["METHOD"])
+    target = {"hidden_size": 8, "intermediate_size": 5, "num_attention_heads": 2}
+    out = prune("magnitude", tmp_path / "source", tmp_path / "out", target)
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "source").state_dict()
+    for layer, units in enumerate(out.choice.selection.units["intermediate"]):
+        score = weights[f"model.layers.{layer}.mlp.down_proj.weight"].square().sum(0)
+        assert units.index.tolist() == score.topk(5).indices.sort().values.tolist()
 
 
 def test_first_screen_names_targets_that_exist() -> None:
