@@ -1,8 +1,9 @@
 """From one form of a model to another: Hugging Face directory, Composer checkpoint, pruned checkpoint.
 
-`hf` reads Hugging Face models, `export` writes them, `folding` makes the compact model of a pruning run, `equality`
-compares log-probabilities, `card` writes the README of an exported model, `arguments` reads `key=value`, `output`
-guards what exists, `cli` has the commands.
+`hf_read` reads Hugging Face models, `hf_write` writes them. `checkpoint` is the form of a run. `folding` makes the
+compact model of a pruning run. `equality` compares log-probabilities. `card` writes the README of an exported model,
+`generation` its generation settings. `arguments` reads `key=value`, `output` guards what exists, `cli` has the
+commands.
 """
 
 from llmshearing.checkpoints.card import model_card

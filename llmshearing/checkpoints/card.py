@@ -1,4 +1,4 @@
-"""README of an exported model: where it comes from, its shape, its data, and how it was made."""
+"""The README of an exported model. It tells the source, the shape, the data, and how the model was made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ The licences of the source model and of the data hold for this model too.
 
 
 def model_card(info: CheckpointInfo, name: str) -> str:
-    """Markdown: shape, history, data and configuration, each where it is known."""
+    """The card in Markdown: shape, history, data and configuration. A part that is not known is left out."""
     run = run_config(info)
     register = "import llmshearing  # layers differ in size: makes them known to transformers\n"
     parts = [
@@ -54,7 +54,7 @@ def run_config(info: CheckpointInfo) -> Mapping[str, Any]:
 
 
 def tokenizer_of(info: CheckpointInfo) -> str | None:
-    """Path or name of the tokenizer, from the checkpoint or its run's configuration."""
+    """Path or name of the tokenizer. The checkpoint tells it, or else the configuration of its run."""
     run = run_config(info)
     model = run.get("model")
     return (

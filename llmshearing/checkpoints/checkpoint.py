@@ -1,11 +1,11 @@
-"""Composer checkpoints as plain values: weights, masks and what they are out of one, and back.
+"""Read Composer checkpoints as plain values (weights, masks, and a description of both), and write them.
 
     {"state": {"model":     {"model.<name in transformers>": tensor, "masks.<name in L0Masks>": tensor},
                "callbacks": {"CheckpointInfo": {hf_config, masks, run_config, tokenizer, history}}, ...}, ...}
 
 Training writes this through Composer, as one `.pt` file or as a sharded folder; the converters write `.pt` files
-through :func:`save_checkpoint`. Either kind is read by :mod:`llmshearing.storage`: nothing but plain data is unpickled,
-and weights stay on the disk until each is asked for.
+through :func:`save_checkpoint`. :mod:`llmshearing.storage` reads both forms. It unpickles plain data only. Each weight
+stays on disk until it is asked for.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from llmshearing.storage.archive import is_sharded
 
 LATEST = "latest-rank0.pt"
 WEIGHTS, MASKS, INFO = "model.", "masks.", "CheckpointInfo"
-# What a file without CheckpointInfo does not tell and its reader must.
+# Sizes that the user must give for a file without CheckpointInfo.
 NEEDED = (HIDDEN, HEADS, LAYERS, INTERMEDIATE)
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the tensors of a checkpoint are. Plain data."""
+    """Describes the tensors of a checkpoint. Plain data."""
 
     hf_config: dict[str, Any]
     """``config.to_dict()`` of the model in the file."""
@@ -51,8 +51,8 @@ class CheckpointInfo:
     generation_config: dict[str, Any] | None = None
     """The source's, where it had one."""
     evaluation: dict[str, Any] | None = None
-    """``batch``, ``loss`` and ``domains`` (nats per token) of the last evaluation of the model that is in the file, or
-    that its masks fold to; None: there was none."""
+    """The last evaluation of this model, or of the model that its masks fold to: ``batch``, ``loss`` and ``domains``,
+    in nats per token. None: there was none."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -81,7 +81,7 @@ _INFO_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """weights: transformers' names -> tensor, each read on access; masks: names of L0Masks -> tensor."""
+    """weights: names in transformers -> tensor; each is read on access. masks: names of L0Masks -> tensor."""
 
     path: Path
     weights: LazyTensors
@@ -90,12 +90,12 @@ class Checkpoint:
 
     @property
     def table(self) -> Table:
-        """The model's table, with its heads cut as its masks cut them."""
+        """The model's table, in the head mode of its masks."""
         return table_for(self.info.config, (self.info.masks or {}).get("head_mode", "group"))
 
 
 def checkpoint_file(path: Path | str) -> Path:
-    """The checkpoint meant by ``path``, a file or a sharded folder: itself, or the newest one of a directory.
+    """The checkpoint that ``path`` means: the file or sharded folder itself, or the newest one of a run's directory.
 
     Raises:
         ShearingError: there is no such file.
@@ -109,22 +109,22 @@ def checkpoint_file(path: Path | str) -> Path:
 
 
 def is_checkpoint(path: Path | str) -> bool:
-    """Whether something names a checkpoint: a file, a sharded folder, a directory with one, or a name that ends so."""
+    """Whether ``path`` means a checkpoint: a file, a sharded folder, a folder with one, or a name in `.pt`."""
     path = Path(path)
     return path.is_file() or path.suffix == ".pt" or (path / LATEST).exists() or is_sharded(path)
 
 
 def read_checkpoint(path: Path | str, *, foreign: Mapping[str, Any] | None = None, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint and check it against its family's table. Its weights are not read, but when they are used.
+    """Read a checkpoint and check it against its family's table. Each weight is read later, when it is used.
 
     Args:
-        path: a `.pt` file, a sharded folder, or a directory with `latest-rank0.pt`, which may be either.
-        foreign: config keys to use where the file has no CheckpointInfo (another program wrote it).
-        verify: compare all that it holds with its checksums now (one pass over it); what is read is compared anyway.
+        path: a `.pt` file, a sharded folder, or a directory whose `latest-rank0.pt` is one of these.
+        foreign: config keys to use if the file has no CheckpointInfo (another program wrote it).
+        verify: compare the whole checkpoint with its checksums now, in one pass. Each later read compares its part.
 
     Raises:
-        ShearingError: missing, damaged, no checkpoint, or its tensors and its config disagree. Reading a weight later
-            raises it too, where its checksum is wrong.
+        ShearingError: it is missing, damaged or no checkpoint, or its tensors and its config disagree. A later read of
+            a weight raises it too, if the checksum is wrong.
     """
     file = checkpoint_file(path)
     archive = open_archive(file)
@@ -167,7 +167,7 @@ def load_masks(checkpoint: Checkpoint) -> L0Masks:
             "(model.l0_module) saved; a model that is already compact goes to composer_to_hf as it is"
         )
     keys = ("kinds", "target", "target_sparsity", "start_sparsity", "seed")
-    later = ("constraint", "noise")  # older checkpoints, which do not tell them, have the defaults
+    later = ("constraint", "noise")  # older checkpoints do not tell them: they have the defaults
     try:
         told = {key: about[key] for key in keys} | {key: about[key] for key in later if key in about}
         masks = L0Masks(checkpoint.table, **told)
@@ -194,7 +194,7 @@ def save_checkpoint(
     """Write a checkpoint in Composer's layout: tensor by tensor, under a temporary name, synced, then renamed.
 
     Args:
-        weights: by name in transformers; of :class:`LazyTensors` one at a time is made.
+        weights: by name in transformers. :class:`LazyTensors` are made one at a time.
         progress: called after each tensor.
     """
     model = {WEIGHTS + name: entry for name, entry in lazily(weights).entries.items()}
@@ -235,7 +235,7 @@ def _mapping(value: Any) -> Any:
 
 
 def check_weights(where: str, weights: Mapping[str, LazyTensor], table: Table) -> LazyTensors:
-    """Hold names and shapes against the table, tied tensors against the tensor that they are, which is then one.
+    """Compare names and shapes with the table. Tied tensors must be equal, and become one.
 
     Raises:
         ShearingError: beginning with ``where``, and naming every tensor that does not belong.

@@ -39,10 +39,10 @@ class Kind:
     size: int
     """Units in one row."""
     rows: int | None
-    """Rows per layer that each meet the target alone: 1; or the KV groups, where query heads are cut inside each group;
-    or the experts. None for units that all layers share."""
+    """Rows in a layer. Each row meets the target by itself. Mostly 1; as many as KV groups, if query heads are cut
+    inside each group; as many as experts. None: all layers share the units."""
     minimum: int = 0
-    """Units of a row that the modules cannot run without. Closed ones among them stay, with gate 0."""
+    """The modules cannot run with fewer units in a row. If fewer are open, closed ones stay, with gate 0."""
 
     def shape(self, layers: int) -> tuple[int, ...]:
         """Shape of a full vector of gates: [N], or [L, rows * N]."""
@@ -58,14 +58,14 @@ class Axis:
     kind: str | None = None
     """Kind of the units that own them; None for an axis that is never cut."""
     per_unit: int = 1
-    """Elements in a run that one unit owns."""
+    """Elements that one unit owns, one after another."""
     of_expert: bool = False
-    """Whether these are the elements of one expert: each expert is then a row of the kind."""
+    """Whether the elements belong to one expert. Each expert is then a row of the kind."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A dimension in which several axes follow one another, once or in every one of ``runs`` equal runs.
+    """Several axes that follow one another in one dimension. They do so once, or in each of ``runs`` equal runs.
 
         Segments(("query", "kv", "kv"))                 q q q q k k v v
         Segments(("query", "kv", "kv"), runs=2)         q q k v q q k v      by KV group
@@ -85,7 +85,7 @@ def axes_of(dimension: Dimension) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Module:
-    """What owns a tensor. ``cls``: the exact class, since a subclass may compute something else.
+    """The module that owns a tensor. ``cls``: its exact class, since a subclass may compute something else.
 
     form: how its forward pass uses the tensor: linear, conv1d, embedding, rms_norm or layer_norm. eps: the attribute
     that a norm adds to its variance. offset: what a norm adds to its weight before it multiplies (Gemma: 1).
@@ -112,7 +112,7 @@ class TensorSpec:
     axes: tuple[Dimension, ...]
     """One a dimension."""
     gates: tuple[str, ...] = ()
-    """Axes whose gate is multiplied in; ``expert`` for the gate of the expert that it belongs to."""
+    """Axes whose gate is multiplied in. ``expert``: the gate of the tensor's own expert."""
     block: str | None = None
     """Branch of the layer."""
     scaled: bool = False
@@ -122,19 +122,19 @@ class TensorSpec:
     alias: str | None = None
     """The tensor that this one is (tied weights)."""
     reads: int | None = None
-    """Dimension that the module sums over or looks up in; None for biases and norms."""
+    """The dimension that the module sums over, or looks up in. None for biases and norms."""
     writes: int | None = None
-    """Dimension of the module's output; None for norms, which write what they read."""
+    """The dimension of the module's output. None for norms: they write what they read."""
     module: Module = LINEAR
     rescale: float = 0.0
-    """The folded tensor is multiplied by (hidden units before / after) ** rescale: makes up for a module that
-    multiplies by a power of the hidden size of the config."""
+    """The fold multiplies the tensor by (hidden units before / after) ** rescale. Some modules multiply by a power of
+    the config's hidden size. This makes up for the smaller one."""
     layers: tuple[int, ...] | None = None
     """Layers that have it; None: all."""
     expert: int | None = None
     """Number of the expert that it belongs to."""
     stacked: bool = False
-    """Whether its first dimension is the experts, and the others are those of one expert's matrix."""
+    """Whether its first dimension counts experts. The others are then those of one expert's matrix."""
 
     @property
     def per_layer(self) -> bool:
@@ -186,10 +186,10 @@ def of_experts(number: int, rows: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a module that a smaller model sets otherwise: elements kept of ``axis`` // ``per``.
+    """An attribute of a module that depends on a size. A smaller model has kept elements of ``axis`` // ``per``.
 
     module: path, with ``{layer}``. name: of the attribute; ``config.KEY`` for a key of the config that the module
-    looks at. per: a number, or an axis of whose kept elements there are that many.
+    looks at. per: a number, or an axis: then the number of its kept elements.
     """
 
     module: str
@@ -209,7 +209,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Coupling:
-    """Two axes that a model of the family has equally many elements of, and why."""
+    """Two axes that are equally long in every model of the family, and why."""
 
     one: str
     other: str
@@ -241,8 +241,8 @@ class Table:
     layer_tuple: bool = False
     """Whether a decoder layer returns a tuple."""
     of_layer: tuple[Table, ...] = ()
-    """Where layers differ in size, for each the table of a model of layers like it; ``kinds`` and ``axes`` then hold
-    the largest sizes."""
+    """For layers of different sizes: for each layer the table of a model whose layers are all like it. ``kinds`` and
+    ``axes`` then hold the largest sizes."""
 
     @property
     def layers_key(self) -> str:
@@ -323,9 +323,9 @@ class Table:
         return units
 
     def multiple(self, kind: str, elements: int) -> int:
-        """The number of units of a kind whose multiples are multiples of so many elements on every axis of the kind.
+        """The number of units that sizes are rounded to, so that each axis of the kind has a multiple of ``elements``.
 
-        1 for a kind on whose axes a norm lies inside the branches: it would count the units that are added.
+        It is 1 if a norm inside a branch runs over the kind. Such a norm would count the units that rounding adds.
         """
         if kind in self._normed:
             return 1
@@ -334,7 +334,7 @@ class Table:
 
     @cached_property
     def _normed(self) -> frozenset[str]:
-        """Kinds whose own rows a norm counts: not hidden units, whose closed ones are 0 wherever a norm reads them."""
+        """Kinds that a norm inside a branch runs over. Not hidden units: closed ones are 0 where a norm reads them."""
         lengths = {axis for spec in self.tensors if spec.module.form.endswith("norm") for axis in axes_of(spec.axes[0])}
         kinds = {kind for axis in lengths if (kind := self.axes[axis].kind) is not None}
         return frozenset(kind for kind in kinds if self.kinds[kind].rows is not None) | {EXPERT}

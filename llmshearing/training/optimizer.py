@@ -3,9 +3,10 @@
     w <- w (1 - (lr / lr_0) decay)      m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
     w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)              lr_0: the learning rate before any schedule
 
-Loshchilov, Hutter 2019 (arXiv:1711.05101). Every weight of the source is stepped, closed or not, so that this is what
-of a shearing step does not get cheaper: one pass over weights, gradients and moments instead of Composer's fifteen, and
-no synchronisation for each parameter.
+Loshchilov, Hutter 2019 (arXiv:1711.05101). A shearing step updates every weight of the source, also the closed ones.
+So this part of the step stays as large while the rest of it shrinks. The fused kernel makes it cheap: it passes once
+over weights, gradients and moments, where Composer's own code passes fifteen times. It does not wait for the device
+at each parameter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class FusedDecoupledAdamW(DecoupledAdamW):
-    """Same arguments, state and metrics as Composer's; parameters of one device. A rate of 0 changes nothing."""
+    """Arguments, state and metrics are Composer's. All parameters are on one device. A rate of 0 changes nothing."""
 
     @staticmethod
     def adamw(
@@ -34,7 +35,7 @@ class FusedDecoupledAdamW(DecoupledAdamW):
         """The functional form that :meth:`step` calls with the parameters of a group."""
         if not params:
             return
-        # The kernel decays by 1 - lr * weight_decay.
+        # The kernel multiplies weights by 1 - lr * weight_decay. The formula above has lr / lr_0 in place of lr.
         decay = weight_decay / initial_lr if initial_lr else 0.0
         tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
         torch._fused_adamw_(*tensors, weight_decay=decay, maximize=False, **options)

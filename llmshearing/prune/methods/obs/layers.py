@@ -1,8 +1,8 @@
-"""Running a decoder one layer at a time, with hooks that stop as soon as what is wanted is there.
+"""Run a decoder one layer at a time. Hooks stop a pass as soon as they have what is wanted.
 
-Nothing but the layers' names is known of the model. What else a layer is called with (positions, masks) is recorded
-from transformers' own forward. Only one layer is at work at a time, wherever the model was placed. What it reads, and
-what its projections read, waits in the CPU's memory or on disk, so that no part of a layer runs twice:
+This code knows where the layers are, and nothing else of the model. It records the further arguments of a layer
+(positions, masks) from transformers' own forward pass. One layer works at a time, wherever the model was placed. The
+inputs of the layer and of its projections wait in the CPU's memory or on disk, so that no part of a layer runs twice:
 
     O, the projection out of attention:    norm, queries, keys, values, attention    -> what O reads
     D, the projection out of the MLP:      O on that, norm, projections into it      -> what D reads
@@ -31,7 +31,7 @@ from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.methods.decoder import first, patched
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Columns of a Hessian that are computed at once, with all columns from there on; the rest is their mirror image.
+# A Hessian is computed in strips of so many rows, from the diagonal to the right. The rest is their mirror image.
 COLUMNS = 256
 
 
@@ -43,7 +43,7 @@ class _Stop(Exception):
 class Running:
     """states: what the current layer reads, [N, T, d]. arguments: of each layer, by the size of the batch.
 
-    room: makes a tensor for as many tokens, of a width. read: what projections of the current layer were seen to read.
+    room: width -> an empty tensor [N, T, width]. read: projections of the current layer -> their recorded inputs.
     """
 
     layers: Sequence[nn.Module]
@@ -57,7 +57,7 @@ class Running:
     def hessian(self, number: int, linear: nn.Module, size: int, attention: bool) -> Tensor:
         """2 X X^T [n, n] of the ``size`` numbers that ``linear`` reads inside the current layer, float32 or wider.
 
-        attention: whether it is the last of an attention, which in transformers also returns its weights.
+        attention: whether it ends an attention. In transformers an attention returns its weights beside its output.
         """
         dtype = torch.promote_types(self.states.dtype, torch.float32)
         total = torch.zeros(size, size, dtype=dtype, device=self.device)
@@ -96,14 +96,14 @@ class Running:
         return seen[0]
 
     def _run(self, number: int, at: int) -> Tensor:
-        """The current layer on a batch; the modules whose projection's inputs are known start there."""
+        """Run the current layer on a batch. A module whose projection has recorded inputs starts from these."""
         batch = self.states.split(self.batch_size)[at]
         args, kwargs = self.arguments[len(batch)][number]
         known = {}
         for linear, (read, attention) in self.read.items():
             layer = self.layers[number]
             owner = next(module for module in layer.modules() if linear in module.children())
-            if owner is layer:  # the projection has no module of its own around it, whose forward could start there
+            if owner is layer:  # the projection stands in the layer itself: no forward of its own could start there
                 continue
             known[owner] = partial(self._from_read, linear, read.split(self.batch_size)[at], attention)
         with patched(known):
@@ -130,13 +130,13 @@ def hidden_states(
 
 
 def _record(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, list[Arguments]]:
-    """(what the first of the layers reads, what else each of them is called with); stops at the last one."""
+    """(input of the first layer, further arguments of each layer). The pass stops at the last of them."""
     states: list[Tensor] = []
     others: list[Arguments] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        # With a cache transformers leaves the causal mask to the attention kernel; the cache itself is not wanted.
+        # With a cache transformers leaves the causal mask to the attention kernel. The cache itself is dropped.
         named |= {name: None for name in ("past_key_value", "past_key_values") if name in named}
         named |= {"use_cache": False} if "use_cache" in named else {}
         others.append((args[1:], named))

@@ -1,13 +1,13 @@
 """The linear algebra of optimal brain surgery on the columns of a linear layer. Pure functions of tensors.
 
-A layer computes W x. With H = 2 X X^T over the calibration inputs, removing the set S of columns and moving the others
-to where the squared error |W X - W' X|^2 is least gives (Hassibi & Stork 1993; SlimGPT, arXiv 2412.18110)
+A layer computes W x. H = 2 X X^T over the calibration inputs. Remove the set S of columns, and move the others to
+where the squared error |W X - W' X|^2 is least. Then (Hassibi & Stork 1993; SlimGPT, arXiv 2412.18110)
 
     score(S) = tr(W_S (H^-1_SS)^-1 W_S^T)                      twice the squared error
     W'       = W - W_S (H^-1_SS)^-1 H^-1_S:
     H'^-1    = H^-1 - H^-1_:S (H^-1_SS)^-1 H^-1_S:             the inverse of H without S, by block elimination
 
-The last line is the inverse of the smaller H, so that nothing is inverted again: a round costs n^2 |S|, not n^3.
+The last line is the inverse of the smaller H. So nothing is inverted again, and a round costs n^2 |S|, not n^3.
 
 Shape legend: o outputs; n columns (inputs) that are left; u units of w columns each, n = u w; s removed columns.
 """
@@ -24,7 +24,7 @@ from llmshearing.errors import ShearingError
 
 # A group takes this share of what is still to be removed: the more is gone, the finer the steps.
 SHARE = 1 / 8
-# A pivot this many roundings large, relative to its diagonal, is a column that depends on the others.
+# If a pivot is not above this many roundings of its diagonal, the column depends on the others.
 SINGULAR = 8
 
 
@@ -92,7 +92,7 @@ def shrinking_groups(remove: int, largest: int, smallest: int) -> Iterator[int]:
 def remove_units(
     weight: Tensor, inverse: Tensor, remove: int, *, width: int = 1, rows: int = 1, largest: int = 1, smallest: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Remove the units whose removal costs least, in groups, moving the weights that stay.
+    """Remove the units whose removal costs least, in groups, and move the weights that stay.
 
     Args:
         weight: [o, n]. inverse: [n, n], inverse Hessian of its inputs. remove: units to remove of every row.

@@ -62,7 +62,7 @@ class Projection:
 
 
 def projections(table: Table) -> list[Projection]:
-    """The projections that read units of a kind that every layer chooses for itself, in the order of the blocks."""
+    """The projections whose inputs are pruned, in the order of the blocks. Each layer chooses its own units."""
     found = []
     for spec in sorted(table.tensors, key=lambda spec: BLOCKS.index(spec.block) if spec.block else -1):
         read = spec.read()
@@ -93,14 +93,14 @@ def choose(
     """Remove heads and intermediate units and move the weights that stay; changes ``model``.
 
     Args:
-        percdamp: added to the Hessian's diagonal, in parts of its mean. minlayer, maxlayer: layers from the first of
-            these to before the second are pruned; each kind's mean ratio over them is the target's.
-        ratios: "uniform" or "log_increase". min_ratio: of the first layer (see obs_plan).
-        offload: directory for temporary files of what a layer and its projections read of all sequences; None keeps
-            them in memory.
+        percdamp: added to the Hessian's diagonal, in parts of its mean. minlayer, maxlayer: the layers from minlayer to
+            maxlayer - 1 are pruned. Over these, each kind loses the target's ratio in the mean.
+        ratios: "uniform" or "log_increase". min_ratio: of the first layer (see `plan`).
+        offload: a directory. The inputs of a layer and of its projections, for all sequences, wait there in temporary
+            files. None: they wait in memory.
 
     Raises:
-        ShearingError: options or target do not fit; a Hessian is singular (layer and tensor are named).
+        ShearingError: options or target do not fit, or a Hessian is singular. The message names layer and tensor.
     """
     if calibration is None:
         raise ShearingError("obs needs calibration sequences")
@@ -129,10 +129,10 @@ def choose(
 def _counts(
     table: Table, target: Mapping[str, Size], layers: Sequence[int], strategy: str, min_ratio: float | None
 ) -> dict[str, dict[int, int]]:
-    """kind -> layer -> units to remove of each of its rows; kinds that the target cuts only.
+    """kind -> layer -> units to remove from each row. Kinds that the target leaves whole are absent.
 
     Raises:
-        ShearingError: the target cuts something else, or ratios that rise with depth meet sizes that differ already.
+        ShearingError: the target cuts something else; or ratios rise with depth, and the layers differ in size already.
     """
     other = [key for key, size in target.items() if key not in table.widths and size != table.shape()[key]]
     if other:

@@ -2,7 +2,7 @@
 
     log_increase (SlimGPT):  ratio of the i-th of n layers = low + (high - low) ln(i + 1) / ln(n),  i = 0 .. n - 1
 
-SlimGPT gives low and high for 32 layers; here low and the mean are given, and high follows for any number of layers.
+SlimGPT gives low and high, for 32 layers. Here low and the mean are given, for any number of layers; high follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def layer_ratios(strategy: str, mean: float, layers: int, low: float | None = No
     """Ratio to remove of each of ``layers`` layers, with the mean asked for.
 
     Args:
-        low: of the first layer; None: FIRST of the mean. high: no layer goes above it; the first layers then rise.
+        low: of the first layer; None: FIRST of the mean. high: the most that a layer may lose. If the last layer would
+            lose more, it loses this, and the first layers lose more instead.
     """
     if strategy == UNIFORM or layers == 1:
         return [mean] * layers
