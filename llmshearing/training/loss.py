@@ -18,8 +18,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**20
 """Elements widened at a time on a CPU: 4 MB of float32, about what a core's cache holds."""
 DEVICE_CHUNK_ELEMENTS = 2**26
-"""The same on a GPU: 256 MB. Small chunks are thousands of launches: with those of a CPU, steps on an H200 took 2.0 times
-as long at 135M and 1B parameters, 3.3 and 3.7 times in the plain models of half their widths (benchmarks/gpu.py)."""
+"""The same on a GPU: 256 MB. Small chunks are thousands of launches: with those of a CPU, dense steps of 135M and 1B
+models on an H200 took 2.0 times as long, steps of plain models of half their widths up to 3.7 times (docs/step.md)."""
 
 
 def _chunks(logits: Tensor) -> list[slice]:
