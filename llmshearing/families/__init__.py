@@ -21,6 +21,7 @@ from llmshearing.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
 )
 from llmshearing.families.family import Family
 from llmshearing.families.nonuniform.table import TYPE, nonuniform_family
@@ -28,7 +29,7 @@ from llmshearing.families.table import Table
 
 _MODULES = (
     llama, mistral, qwen2, qwen3, gpt_neox, opt, gpt2, phi3, gemma2, gemma3, olmo2, smollm3, granite,
-    mixtral, qwen3_moe,
+    mixtral, qwen3_moe, stablelm,
 )  # fmt: skip
 UNIFORM: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 FAMILIES = UNIFORM | {TYPE + name: nonuniform_family(family) for name, family in UNIFORM.items()}

@@ -111,6 +111,12 @@ VARIANTS = {
         untied={**UNTIED, **MHA, "no_rope_layers": [1, 1, 0], "mlp_bias": True},
         biases={**UNTIED, "attention_bias": True, "no_rope_layers": [0, 1, 1]},
     ),
+    "stablelm": _variants(
+        {**LIKE_LLAMA, "attention_dropout": 0.0, "hidden_dropout": 0.0, "partial_rotary_factor": 0.5},
+        untied=UNTIED,
+        tied_MHA={**TIED, **MHA},
+        biases_beside={**UNTIED, "use_qkv_bias": True, "use_parallel_residual": True},
+    ),
     "granite": _variants(
         {
             **LIKE_LLAMA,
