@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from llmshearing import __version__
-from llmshearing.commands import INTERRUPTED, run
+from llmshearing.commands import INTERRUPTED, run, typed
 from llmshearing.errors import ShearingError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command = getattr(import_module(f"llmshearing.{module}"), function)
-        return int(command(words[len(name.split()) :]))
+        with typed(f"llmshearing {name}"):
+            return int(command(words[len(name.split()) :]))
     except KeyboardInterrupt:  # while it was imported
         return INTERRUPTED
 

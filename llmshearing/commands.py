@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from textwrap import indent
 from typing import Any
 
@@ -69,9 +72,24 @@ def _reader_is_gone() -> bool:
     return gone
 
 
+_typed: ContextVar[str | None] = ContextVar("_typed", default=None)
+
+
+@contextmanager
+def typed(name: str) -> Iterator[None]:
+    """Within the block help calls the command by this name, as `llmshearing prune`; its examples do too."""
+    token = _typed.set(name)
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
 def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with the examples, line by line as they are given."""
-    return argparse.ArgumentParser(prog=prog, description=description, **layout(examples))
+    """A parser whose help ends with the examples, line by line as they are given; see :func:`typed`."""
+    name = _typed.get() or prog
+    examples = re.sub(f"^{re.escape(prog)} ", f"{name} ", examples, flags=re.MULTILINE)
+    return argparse.ArgumentParser(prog=name, description=description, **layout(examples))
 
 
 def layout(examples: str) -> dict[str, Any]:

@@ -12,13 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from llmshearing.errors import ShearingError
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether what a checkpoint calls a file is a name, and not a path that could lead elsewhere."""
+    """Whether what others call a file or folder is a name, and not a path that could lead elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def is_count(value: object, below: int | None = None) -> bool:
+    """Whether what a file says is a whole number from 0 on (and below ``below``); true and false are none."""
+    return type(value) is int and value >= 0 and (below is None or value < below)
 
 
 def sync(path: Path) -> None:
@@ -54,10 +60,11 @@ def publish(source: Path, target: Path) -> None:
 def whole(path: Path, *, alone: bool = True) -> Iterator[Path]:
     """Yields the name to write to; it becomes `path` if the block ends well, else nothing of it stays.
 
-    alone: no other process writes this file at the same time; what a killed one left is then written over.
+    alone: no other process writes this file at the same time, on this machine or another; what a killed one left is
+        written over then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{uuid4().hex}.tmp")
     try:
         yield temporary
         publish(temporary, path)

@@ -11,6 +11,7 @@ import pytest
 
 from llmshearing import __version__
 from llmshearing.cli import COMMANDS, main
+from llmshearing.errors import RankLost, ShearingError, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +62,47 @@ def test_each_command_shows_its_help(name, capsys):
     """In this process: the imports are those of the whole package."""
     with pytest.raises(SystemExit) as ended:
         main([*name.split(), "--help"])
-    assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and said.startswith(f"usage: llmshearing {name} ")
+    example = "composer -n 8 llmshearing/train.py" if name == "train" else f"llmshearing {name}"
+    assert "python" not in said and f":\n  {example} " in said
+
+
+@pytest.mark.parametrize("name", ["post_pruning_processing", "composer_to_hf", "test_composer_hf_eq"])
+def test_the_old_names_show_the_old_names(name, capsys):
+    prog = f"python3 -m llmshearing.utils.{name}"
+    with pytest.raises(SystemExit):
+        getattr(import_module("llmshearing.checkpoints.cli"), name)(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {prog}") and f"\n  {prog} " in said and "llmshearing fold" not in said
+
+
+# name -> arguments that are right, and the function of the command's module that does the work
+WORK = {
+    "data prepare": ("--input a --tokenizer b --output c --max_seq_len 8", "prepare"),
+    "data inspect": ("a", "inspect"),
+    "data plots": ("a.png", "plot_simulation"),
+    "target-loss": ("source --losses a.json --set_names web", "source_losses"),
+    "train": ("a.yaml", "load_config"),
+    "fold": ("a.pt", "prune_and_save_model"),
+    "convert": ("a b.pt", "hf_to_checkpoint"),
+    "compare": ("a b.pt", "compare"),
+    "prune": ("random --model a --output b --ratio 0.5", "prune"),
+    "pad": ("--model a --output b", "pad"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("error", [ShearingError("mine"), Stopped("mine"), RankLost("mine")], ids=["1", "75", "76"])
+def test_every_command_ends_with_the_errors_code(name, error, monkeypatch, caplog):
+    def fails(*arguments, **options):
+        raise error
+
+    words, function = WORK[name]
+    monkeypatch.setattr(import_module(f"llmshearing.{COMMANDS[name][0]}"), function, fails)
+    assert main([*name.split(), *words.split()]) == error.exit_code
+    last = caplog.records[-1]
+    assert (last.getMessage(), last.levelname, last.exc_info) == ("error: mine", "ERROR", None)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -111,6 +152,33 @@ def test_an_error_ends_the_process_with_its_code(tmp_path):
     result = call("-m", "llmshearing", "data", "inspect", str(tmp_path))
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and str(tmp_path) in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_run_one_after_the_other(lab, tmp_path):
+    """Each in a process of its own: preparing starts further ones, which import the main module again."""
+    source, data, small = lab.source, tmp_path / "mds", tmp_path / "small"
+    budget = ["--max_seq_len", "32", "--eval_fraction", "0.15", "--for_prune_fraction", "0.4", "--processes", "2"]
+    for words in (
+        ["data", "prepare", "--input", lab.corpus, "--tokenizer", source, "--output", data, *budget],
+        ["data", "inspect", data, "--samples", "1", "--tokenizer", source],
+        ["target-loss", "source", "--model", source, "--data", data],
+        ["prune", "random", "--model", source, "--output", small, "--ratio", "0.5"],
+        ["convert", small, f"{small}.pt"],
+        ["compare", small, f"{small}.pt"],
+    ):
+        result = call("-m", "llmshearing", *map(str, words))
+        assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    assert "PASS" in result.stderr
+
+
+def test_train_is_the_same_by_both_names(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = ["configs/llama2/7b.yaml", "optimizer.lr=0.125", "--dry-run", "data_local=x"]
+    assert main(["train", *words]) == 0
+    said = capsys.readouterr().out
+    assert "lr: 0.125" in said and import_module("llmshearing.train").main(words) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_the_installed_name_leads_here():

@@ -10,6 +10,7 @@ stays on disk until it is asked for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -65,6 +66,11 @@ class CheckpointInfo:
     def then(self, done: str, **changes: Any) -> CheckpointInfo:
         """This information after one more step of its history."""
         return replace(self, history=[*self.history, done], **changes)
+
+
+def plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    """A config as JSON would keep it; torch dtypes become names."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
 
 
 MAPPINGS = ("hf_config", "masks", "generation_config", "evaluation")  # saved by a run as lists of pairs

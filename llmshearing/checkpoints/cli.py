@@ -17,6 +17,7 @@ from llmshearing.commands import parser, run
 log = logging.getLogger(__name__)
 
 FOLD = "prune_and_save_model"  # the one sub-command of post_pruning_processing
+ABOUT_FOLD = "Fold the checkpoint of a pruning run into the compact model, pruned-<checkpoint> beside it."
 
 
 def composer_to_hf(argv: Sequence[str] | None = None) -> int:
@@ -56,11 +57,21 @@ def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
     """Fold a pruning run's checkpoint; the exit status."""
     said = _parser(
         "post_pruning_processing",
-        "Fold the checkpoint of a pruning run into the compact model, pruned-<checkpoint> beside it.",
-        "prune_and_save_model out/latest-rank0.pt\n"
-        "prune_and_save_model out/latest-rank0.pt vocab_size=32000 --output out/compact.pt",
+        ABOUT_FOLD,
+        f"{FOLD} out/latest-rank0.pt\n{FOLD} out/latest-rank0.pt vocab_size=32000 --output out/compact.pt",
     )
     said.add_argument("command", choices=[FOLD])
+    return _fold(said, argv)
+
+
+def fold(argv: Sequence[str]) -> int:
+    """:func:`post_pruning_processing`, where the sub-command may be left out; the exit status."""
+    prog = "llmshearing fold"
+    examples = f"{prog} out/latest-rank0.pt\n{prog} out/latest-rank0.pt vocab_size=32000 --output out/compact.pt"
+    return _fold(parser(prog, ABOUT_FOLD, examples), argv[1:] if argv[:1] == [FOLD] else argv)
+
+
+def _fold(said: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     said.add_argument("model_path", help="checkpoint file, or its directory")
     said.add_argument(
         "pairs", nargs="*", metavar="key=value", help="facts of the compact model's config, to be checked"
@@ -89,11 +100,6 @@ def post_pruning_processing(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return run(process)
-
-
-def fold(argv: Sequence[str]) -> int:
-    """:func:`post_pruning_processing`, where the sub-command may be left out; the exit status."""
-    return post_pruning_processing(argv if FOLD in argv else [FOLD, *argv])
 
 
 def test_composer_hf_eq(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmshearing.checkpoints.arguments import check_facts
-from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, save_checkpoint
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, plain_config, save_checkpoint
 from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
@@ -93,7 +92,7 @@ def hf_to_checkpoint(
     check_given(given, config, str(name))
     where = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
     info = CheckpointInfo(
-        hf_config=_plain(config),
+        hf_config=plain_config(config),
         tokenizer=str(given.get("tokenizer") or where),
         history=[f"converted from the Hugging Face model {where}"],
         generation_config=_generation(name, config).to_dict(),
@@ -126,11 +125,6 @@ def _generation(name: Path | str, config: PretrainedConfig) -> GenerationConfig:
         return GenerationConfig.from_pretrained(str(name))
     except Exception:  # OSError where it has none; many other kinds where it is damaged or odd: it is only passed on
         return writable(None, config)
-
-
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
-    """A config as JSON would keep it; torch dtypes become names."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from llmshearing.commands import parser, run
 from llmshearing.data.mixture.mixture import update_proportion
 from llmshearing.errors import ShearingError
+from llmshearing.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def plot_fits(
         panel.plot([parameters], [a * parameters**-b + c], "*", markersize=12, label="target")
         panel.set(xscale="log", title=name, xlabel="parameters", ylabel="loss, nats per token")
         panel.legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=120)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -82,7 +84,8 @@ def plot_simulation(path: Path) -> None:
         panels[i + len(SETTINGS)].set(xlabel="evaluations", ylabel="loss - target", ylim=(-0.3, 1.3))
         panels[i + len(SETTINGS)].axhline(0, color="grey", linewidth=0.8)
     panels[0].legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=80)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

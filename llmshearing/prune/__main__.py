@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from llmshearing.checkpoints.arguments import parse_pairs
-from llmshearing.commands import layout, parser, run
+from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import EXAMPLE
 from llmshearing.prune.calibration import SequenceOptions
@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
             method.name,
             help=method.help,
             description=f"{method.help}. Can change: {', '.join(method.sizes)}.",
-            **layout(EXAMPLES),
+            epilog=whole.epilog,
+            formatter_class=whole.formatter_class,
         )
         _common(command)
         own = command.add_argument_group(f"options of {method.name}")

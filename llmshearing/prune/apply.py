@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.card import model_card
-from llmshearing.checkpoints.checkpoint import CheckpointInfo
+from llmshearing.checkpoints.checkpoint import CheckpointInfo, plain_config
 from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
@@ -125,7 +125,7 @@ def write(
     if config.model_type not in FAMILIES:
         _write_plain(result, directory, tokenizer, overwrite, extra)
         return
-    info = CheckpointInfo(_plain(config), history=list(record["history"]))
+    info = CheckpointInfo(plain_config(config), history=list(record["history"]))
     write_hf_directory(
         result.model.state_dict(),
         config,
@@ -138,10 +138,6 @@ def write(
         overwrite=overwrite,
         extra=extra,
     )
-
-
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def _write_plain(

@@ -96,6 +96,18 @@ def test_a_manifest_of_another_structure(manifest: Path, prepared: Path, data) -
     manifest_right_or_refused(manifest)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("skipped", None), ("duplicates", None), ("duplicates", {"web": None}), ("duplicates", {"web": True}),
+     ("skipped", {"web": {"count": 1, "first": []}}), ("skipped", {"web": {"count": None, "first": ["a:1"]}}),
+     ("skipped", {"web": 3}), ("skipped", {"web": {"count": 1, "what": {"line": "1"}, "first": ["a:1"]}})],
+)  # fmt: skip
+def test_a_manifest_that_is_wrong_about_what_was_left_out(manifest: Path, prepared: Path, key, value) -> None:
+    manifest.write_text(json.dumps({**json.loads((prepared / MANIFEST).read_text()), key: value}))
+    with pytest.raises(ShearingError, match=f"{key}.*\n?.*copy it again"):
+        read_manifest(manifest.parent)
+
+
 @given(changes=mutations)
 def test_a_manifest_with_bytes_changed(manifest: Path, prepared: Path, changes) -> None:
     manifest.write_bytes(mutated((prepared / MANIFEST).read_bytes(), changes))

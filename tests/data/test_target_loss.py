@@ -90,7 +90,7 @@ def test_a_simulated_run_does_what_the_documents_say(tmp_path):
         assert (np.diff(losses, axis=0) <= 0).all()
     assert plots_main([str(tmp_path / "simulation.png")]) == 0
     assert (tmp_path / "simulation.png").read_bytes().startswith(b"\x89PNG")
-    assert plots_main([str(tmp_path / "absent" / "simulation.png")]) == 1
+    assert plots_main([str(tmp_path / "simulation.png" / "below-a-file.png")]) == 1
 
 
 def test_the_source_model_is_evaluated_on_prepared_data(tmp_path, prepared, capsys):

@@ -80,7 +80,7 @@ class ShardFiles:
             if self.remote is None:
                 raise ShearingError(f"shard {problem}; copy it again")
             self._download(stored, shard.zip_data)
-        with durable.whole(raw) as temporary:  # alone: under the lock
+        with durable.whole(raw, alone=False) as temporary:  # the lock is this machine's, the folder may not be
             temporary.write_bytes(decompress(shard.compression, stored.read_bytes()))
             if problem := damage(temporary, shard.raw_data):
                 raise ShearingError(f"shard {stored}, decompressed, is not what {INDEX} says: {problem}; copy it again")

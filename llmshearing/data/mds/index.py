@@ -10,6 +10,7 @@ from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import is_hash
 
 from llmshearing.errors import ShearingError
+from llmshearing.files import is_count
 
 INDEX = "index.json"
 COLUMNS = ("tokens", "set")
@@ -60,7 +61,7 @@ def _problems(shard: Any) -> list[str]:
     if not isinstance(shard, dict) or shard.get("format") != "mds" or shard.get("version") != 2:
         return ["it is not described as MDS, version 2"]
     said = []
-    if not _is_count(shard.get("samples")) or shard["samples"] == 0:
+    if not is_count(shard.get("samples"), MOST) or shard["samples"] == 0:
         said.append(f"samples is {shard.get('samples')!r}; a whole number above 0 is needed")
     compression = shard.get("compression")
     if compression is not None and not (isinstance(compression, str) and is_compression(compression)):
@@ -73,10 +74,6 @@ def _problems(shard: Any) -> list[str]:
     return said + _column_problems(*(shard.get(key) for key in KEYS))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
-
-
 def _file_problems(data: Any) -> list[str]:
     if not isinstance(data, dict) or set(data) != {"basename", "bytes", "hashes"}:
         return ["basename, bytes and hashes are needed"]
@@ -84,7 +81,7 @@ def _file_problems(data: Any) -> list[str]:
     name = data["basename"]
     if not isinstance(name, str) or not _stays_inside(name):
         said.append(f"basename {name!r} is not the name of a file inside the directory")
-    if not _is_count(data["bytes"]):
+    if not is_count(data["bytes"], MOST):
         said.append(f"bytes is {data['bytes']!r}, no whole number below 2^32")
     hashes = data["hashes"]
     if not isinstance(hashes, dict) or not all(is_hash(k) and isinstance(v, str) for k, v in hashes.items()):
@@ -102,7 +99,7 @@ def _column_problems(names: Any, encodings: Any, sizes: Any) -> list[str]:
         return [f"{', '.join(KEYS)} must be lists"]
     if not len(names) == len(encodings) == len(sizes) or not all(isinstance(x, str) for x in names + encodings):
         return [f"{', '.join(KEYS)} must be of one length, the first two of strings"]
-    if not all(size is None or _is_count(size) for size in sizes):
+    if not all(size is None or is_count(size, MOST) for size in sizes):
         return [f"column_sizes {sizes} must be whole numbers, or null"]
     if missing := [name for name in COLUMNS if name not in names]:
         return [f"it has the columns {names}; {missing} is missing"]

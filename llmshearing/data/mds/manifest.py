@@ -8,6 +8,7 @@ from llmshearing.data.prepare.packing import COUNTS
 from llmshearing.data.text.codec import FILES, Codec
 from llmshearing.data.text.lines import LINE, PLURALS
 from llmshearing.errors import ShearingError
+from llmshearing.files import is_count, is_plain_name
 
 MANIFEST = "manifest.json"
 FORMAT = "llmshearing-mds-1"
@@ -15,11 +16,6 @@ FORMAT = "llmshearing-mds-1"
 SAMPLE = (
     "The 3 quick-brown foxes' 1234567 jumps:\n\tif (x_1 >= 0.5) { return naïve[2]; }  中文 Привет ☃ http://a.b/c?d=e"
 )
-
-
-def is_name(name: Any) -> bool:
-    """Whether this is the name of one folder: it leads nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -46,24 +42,36 @@ def _problems(manifest: Any) -> list[str]:
     said = [
         f"{key} is {manifest.get(key)!r}; a whole number above 0 is needed"
         for key in ("max_seq_len", "vocab_size")
-        if not _is_count(manifest.get(key)) or manifest[key] < 1
+        if not is_count(manifest.get(key)) or manifest[key] < 1
     ]
     splits = manifest.get("splits")
     if not isinstance(splits, dict) or not all(isinstance(domains, dict) for domains in splits.values()):
         return [*said, "splits is no object of objects"]
     for split, domains in splits.items():
-        said += [f"{name!r} is no name of a folder" for name in (split, *domains) if not is_name(name)]
+        said += [f"{name!r} is no name of a folder" for name in (split, *domains) if not is_plain_name(name)]
         for domain, counts in domains.items():
-            if not isinstance(counts, dict) or not all(_is_count(counts.get(name)) for name in COUNTS):
+            if not isinstance(counts, dict) or not all(is_count(counts.get(name)) for name in COUNTS):
                 said.append(f"splits.{split}.{domain} lacks a number of {', '.join(COUNTS)}")
     request = manifest.get("request")
     if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
         said.append("request has no options")
-    return said
+    return said + _left_out_problems(manifest)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _left_out_problems(manifest: dict[str, Any]) -> list[str]:
+    """Of the parts that only some manifests have: what was skipped, and what was there twice."""
+    skipped, duplicates = (manifest.get(key, {}) for key in ("skipped", "duplicates"))
+    if not isinstance(skipped, dict) or not isinstance(duplicates, dict):
+        return ["skipped or duplicates is no object"]
+    said = [f"skipped.{name} does not tell what and where" for name, n in skipped.items() if not _tells(n)]
+    return said + [f"duplicates.{name} is no number" for name, n in duplicates.items() if not is_count(n)]
+
+
+def _tells(skipped: Any) -> bool:
+    if not isinstance(skipped, dict) or not isinstance(skipped.get("first"), list) or not skipped["first"]:
+        return False
+    kinds = skipped.get("what") or {LINE: skipped.get("count")}
+    return isinstance(kinds, dict) and all(is_count(number) for number in kinds.values())
 
 
 def check_model(root: Path, max_seq_len: int, vocab_size: int) -> None:

@@ -20,7 +20,7 @@ from llmshearing.data.mds.remote import Upload
 from llmshearing.data.prepare.encoding import Encoders, Recipe, Wanted
 from llmshearing.data.prepare.options import Options
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, Packer
-from llmshearing.data.prepare.progress import Progress
+from llmshearing.data.prepare.progress import PrepareProgress
 from llmshearing.data.prepare.writing import Layout, PartWriter, merge
 from llmshearing.data.text.lines import LINE
 from llmshearing.data.text.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
@@ -95,7 +95,7 @@ class Job:
         domains: dict[str, Domain] = {}
         tokens = 0  # of this run
         with (
-            closing(Progress(self.root / PROGRESS)) as store,
+            closing(PrepareProgress(self.root / PROGRESS)) as store,
             tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=not self.progress) as bar,
             Encoders(self._recipe(), max(1, min(self.processes, total // BYTES_PER_PROCESS))) as encoders,
         ):
@@ -125,7 +125,7 @@ class Job:
         fractions = (o.eval_fraction, o.for_prune_fraction)
         return Recipe(self.tokenizer, o.text_field, self.dtype, o.seed, *fractions, o.dedup)
 
-    def _open(self, name: str, store: Progress) -> Domain:
+    def _open(self, name: str, store: PrepareProgress) -> Domain:
         """The domain as the last commit left it."""
         o, packers, writers = self.options, {}, {}
         layout = Layout(o.max_seq_len, self.dtype, o.shard_size, o.compression)
@@ -138,7 +138,7 @@ class Job:
             domain.restore(state)
         return domain
 
-    def _write(self, name: str, domain: Domain, store: Progress, encoders: Encoders, bar: tqdm) -> None:
+    def _write(self, name: str, domain: Domain, store: PrepareProgress, encoders: Encoders, bar: tqdm) -> None:
         """Write what is left of a domain; `problems` grows by what is wrong with it."""
         first_time = store.first_time if self.options.dedup else None
         part = 0
@@ -170,7 +170,7 @@ class Job:
                 return
             yield chunk
 
-    def _commit(self, name: str, domain: Domain, store: Progress) -> None:
+    def _commit(self, name: str, domain: Domain, store: PrepareProgress) -> None:
         for split, writer in domain.writers.items():
             files = writer.end_part()
             self._upload(files)

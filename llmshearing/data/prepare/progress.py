@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Progress:
+class PrepareProgress:
     """Each domain's state so far, and which documents have been seen. Memory does not grow with either."""
 
     def __init__(self, path: Path) -> None:

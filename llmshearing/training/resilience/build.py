@@ -17,7 +17,7 @@ from llmshearing.training.resilience.samples import SampleRecord
 from llmshearing.training.resilience.saver import Saver
 from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.stop import StopOnSignal
-from llmshearing.training.resilience.watch import Progress, Watch
+from llmshearing.training.resilience.watch import TrainingProgress, Watch
 
 
 def build_safety(
@@ -41,7 +41,7 @@ def build_safety(
     if cfg.record_samples and cfg.save_folder is not None:
         chosen.append(SampleRecord(cfg.save_folder))
     if watch is not None:
-        chosen.append(Progress(watch))
+        chosen.append(TrainingProgress(watch))
     # After all that may refuse a batch; the request is followed when the saver has had its turn.
     return [*chosen, *([saver] if saver is not None else []), StopOnSignal(request, saver)]
 

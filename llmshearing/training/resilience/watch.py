@@ -141,8 +141,8 @@ def _place(progress: dict[str, Any]) -> str:
     return f"batch {progress['batch']} ({progress['doing']})"
 
 
-class Progress(Callback):
-    """Tells the watch where training is, at every event."""
+class TrainingProgress(Callback):
+    """Tells this rank's watch where training is, at every event."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
