@@ -11,6 +11,7 @@ stay is looked at before the work (`llmshearing.prune.layers`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "num_hash_layers")
@@ -49,7 +50,7 @@ def suspects(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _numbers(name: str, value: Any, layers: int) -> bool:
     """Whether a list holds numbers of layers: they rise, and are below the number of layers."""
     whole = all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < layers for item in value)
-    return "layer" in name and whole and all(one < other for one, other in zip(value, value[1:], strict=False))
+    return "layer" in name and whole and all(one < other for one, other in pairwise(value))
 
 
 def _of_layers(name: str, value: Any) -> bool:

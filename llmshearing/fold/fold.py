@@ -205,8 +205,10 @@ class _Resolver:
 
         The module divides by the root of sum_S x^2 / |S|. Times this, that is the root of sum_S x^2 / n.
         """
-        name = spec.name.format(layer=layer, expert=None)
-        if name not in self.selection.energy or "hidden" not in self.selection.units:
+        if not self.selection.energy or "hidden" not in self.selection.units:
+            return None
+        name = spec.name.format(layer=layer, expert=spec.expert)
+        if name not in self.selection.energy:
             return None
         shares, units = self.selection.energy[name], self.selection.units["hidden"][0]
         left = shares.to(units.index.device).index_select(0, units.index)
