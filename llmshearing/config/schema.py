@@ -344,7 +344,7 @@ class Fsdp:
 class Distill:
     """Training toward a teacher's logits: weight x divergence + ce x cross-entropy."""
 
-    path: str | None = None
+    teacher: str | None = None
     """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
     weight: float = number(1.0, low=0, above=True)
     """Of the forward KL divergence from the teacher, nats a token."""

@@ -47,11 +47,11 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
     if cfg.distill is None:
         return None
     asked = cfg.distill
-    path = asked.path or cfg.model.path
+    path = asked.teacher or cfg.model.path
     model = _load(path)
     own, theirs = source.config.vocab_size, model.config.vocab_size
     if own != theirs:
-        raise ShearingError(f"distill.path = {path} has vocab_size {theirs}, {cfg.model.path} has {own}: both need one")
+        raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}: both need one")
     recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
     _check_tokenizers(path, cfg.tokenizer_name or recorded)
     return _teacher(model, asked)
@@ -66,7 +66,7 @@ def _load(path: str) -> PreTrainedModel:
         return load_hf_model(path, torch.float32)
     checkpoint = read_checkpoint(path)
     if checkpoint.masks:
-        raise ShearingError(f"distill.path: {path} still has its pruning masks; fold it first")
+        raise ShearingError(f"distill.teacher: {path} still has its pruning masks; fold it first")
     model = AutoModelForCausalLM.from_config(checkpoint.info.config, dtype=torch.float32)
     load_weights(model, checkpoint.weights)
     return model
@@ -77,4 +77,4 @@ def _check_tokenizers(teacher: str, student: str | None) -> None:
     for name in TOKENIZER:
         one, other = Path(teacher) / name, Path(student or "") / name
         if one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes():
-            raise ShearingError(f"distill.path = {teacher} has another {name} than {student}: ids mean other tokens")
+            raise ShearingError(f"distill.teacher = {teacher} has another {name} than {student}: ids mean other tokens")

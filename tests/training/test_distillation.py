@@ -117,17 +117,17 @@ def test_other_vocabularies_tokenizers_and_no_teacher_are_refused(lab, tmp_path)
     other = make_model().config
     other.vocab_size = 100
     AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "small")
-    cfg = load_config(write_yaml(tmp_path / "a.yaml", {**values, "distill": {"path": str(tmp_path / "small")}}))
+    cfg = load_config(write_yaml(tmp_path / "a.yaml", {**values, "distill": {"teacher": str(tmp_path / "small")}}))
     with pytest.raises(ShearingError, match="vocab_size 100, .* has 384"):
         build_teacher(cfg, read_source(cfg))
     make_model().save_pretrained(tmp_path / "twin")
     (tmp_path / "twin" / "tokenizer.json").write_text("{}")
-    cfg = load_config(write_yaml(tmp_path / "b.yaml", {**values, "distill": {"path": str(tmp_path / "twin")}}))
+    cfg = load_config(write_yaml(tmp_path / "b.yaml", {**values, "distill": {"teacher": str(tmp_path / "twin")}}))
     if (lab.source / "tokenizer.json").is_file():
         with pytest.raises(ShearingError, match="another tokenizer.json"):
             build_teacher(cfg, read_source(cfg))
     plain = {**values, "model": {key: value for key, value in values["model"].items() if key != "l0_module"}}
-    with pytest.raises(ConfigError, match="distill.path = None: without masks the source is the student"):
+    with pytest.raises(ConfigError, match="distill.teacher = None: without masks the source is the student"):
         load_config(write_yaml(tmp_path / "c.yaml", {**plain, "distill": {}}))
     with pytest.raises(ConfigError, match="distill.temperature"):
         load_config(write_yaml(tmp_path / "d.yaml", {**values, "distill": {"temperature": 0}}))
