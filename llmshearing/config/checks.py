@@ -250,7 +250,7 @@ ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 def check_distillation(cfg: Config) -> Iterator[str]:
     """Somebody else to follow."""
     if cfg.distill is not None and cfg.model.l0_module is None and cfg.distill.teacher in (None, cfg.model.path):
-        yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name the model to follow"
+        yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name another model"
 
 
 @reads("model.l0_module")

@@ -51,7 +51,7 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
     model = _load(path)
     own, theirs = source.config.vocab_size, model.config.vocab_size
     if own != theirs:
-        raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}: both need one")
+        raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}; take one")
     recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
     _check_tokenizers(path, cfg.tokenizer_name or recorded)
     return _teacher(model, asked)
