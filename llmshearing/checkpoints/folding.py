@@ -20,7 +20,7 @@ from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, load_
 from llmshearing.checkpoints.output import check_file
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
-from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape
+from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
 from llmshearing.fold.selection import Selection, save_selection
 from llmshearing.masks.l0 import final_selection
 from llmshearing.storage import LazyTensor, LazyTensors
@@ -43,21 +43,21 @@ def fold_checkpoint(
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
     info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
-    kept = selection.kept_layers(masks.table.layers)
-    return _folded(dict(makers), checkpoint.weights, table_for(info.config), kept), info, selection
+    source_of = {new: name for name, new, _, _ in renamed(masks.table, selection)}
+    return _folded(dict(makers), checkpoint.weights, table_for(info.config), source_of), info, selection
 
 
 def _folded(
-    makers: Mapping[str, Callable[[], Tensor]], weights: LazyTensors, table: Table, kept: list[int]
+    makers: Mapping[str, Callable[[], Tensor]], weights: LazyTensors, table: Table, source_of: Mapping[str, str]
 ) -> LazyTensors:
     """Shapes as the folded model's table tells them, dtypes of the source; tied tensors stay one.
 
-    makers: the folded model's tensors. weights: the source's. kept: its layers that stay.
+    makers: the folded model's tensors. weights: the source's. source_of: what a folded tensor is called there.
     """
     entries: dict[str, LazyTensor] = {}
     for name in sorted(makers, key=lambda name: table.by_name[name][0].alias is not None):
         spec, layer = table.by_name[name]
-        source = weights.entries[spec.name.format(layer=None if layer is None else kept[layer])]
+        source = weights.entries[source_of[name]]
         shape, make = table.tensor_shape(spec, layer), torch.no_grad()(makers[name])
         entries[name] = entries[spec.alias] if spec.alias else LazyTensor(shape, source.dtype, make)
     return LazyTensors(entries)
