@@ -31,8 +31,13 @@ SETTABLE = ("model_class", "dtype", "tokenizer")
 COMPUTED = "rotary_emb.inv_freq"
 
 
-def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal LM of transformers on the CPU, strictly and without remote code. dtype: "auto" is the model's own.
+def load_hf_model(
+    name: Path | str, dtype: torch.dtype | str = "auto", config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """A causal LM of transformers on the CPU, strictly and without remote code.
+
+    Args:
+        dtype: "auto" is the model's own. config: in place of the model's own, as when a run turns dropout off.
 
     Raises:
         ShearingError: it cannot be loaded, or its tensors are not exactly those of its config.
@@ -40,7 +45,7 @@ def load_hf_model(name: Path | str, dtype: torch.dtype | str = "auto") -> PreTra
     _check_directory(name)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=dtype, output_loading_info=True, trust_remote_code=False
+            str(name), config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # transformers, safetensors and the hub raise many kinds for broken or absent models
         raise ShearingError(f"Hugging Face model {name} cannot be loaded: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from llmshearing.fold.fold import config_of_shape
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,7 +59,7 @@ def read_source(cfg: Config) -> Source:
             "load_path or autoresume; to train the pruned model fold it first: python3 -m "
             f"llmshearing.utils.post_pruning_processing prune_and_save_model {cfg.model.path}"
         )
-    hf_config = _hf_config(cfg, checkpoint)
+    hf_config = _without_dropout(_hf_config(cfg, checkpoint))
     table = table_for(hf_config)
     shape = complete(table.sizes())
     if problems := [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]:
@@ -88,6 +91,19 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
     return config
 
 
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with every dropout at 0: a resumed run could not draw the same elements again.
+
+    Keys that end in "drop" (``resid_pdrop``, ``layerdrop``) or contain "dropout".
+    """
+    drops = [key for key in config.to_dict() if key.endswith("drop") or "dropout" in key]
+    if found := {key: value for key in drops if isinstance(value := getattr(config, key), float) and value}:
+        for key in found:
+            setattr(config, key, 0.0)
+        log.info("dropout is off, as in every run: %s", ", ".join(f"{key} {was} -> 0" for key, was in found.items()))
+    return config
+
+
 def _from_hub(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
@@ -113,7 +129,7 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         load_weights(model, source.checkpoint.weights)
     else:
-        model = load_hf_model(cfg.model.path, torch.float32)
+        model = load_hf_model(cfg.model.path, torch.float32, source.config)
     model.set_attn_implementation(_causal(attention, source.config))
     if cfg.model.activation_checkpointing:
         # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
