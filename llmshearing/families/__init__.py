@@ -61,6 +61,6 @@ def table_for(config: Any, head_mode: str = "group") -> Table:
         ShearingError: the model type has no table, or a size is no whole number above 0.
     """
     family = family_of(getattr(config, "model_type", None))
-    if problems := size_problems(config, family.keys):
+    if problems := size_problems(config, family.keys, family.mlp_factor):
         raise ShearingError(f"no model of type {family.name} can have this config: {'; '.join(problems)}")
     return family.table(config, head_mode)

@@ -54,12 +54,16 @@ NEEDED = (HIDDEN, HEADS, LAYERS, VOCAB)
 """Sizes without which there is no model."""
 
 
-def size_problems(config: Any, keys: Mapping[str, str]) -> list[str]:
-    """What is wrong with the sizes that a config states: none where one is needed, or no whole number above 0."""
+def size_problems(config: Any, keys: Mapping[str, str], mlp_factor: int | None = None) -> list[str]:
+    """What is wrong with the sizes that a config states: none where one is needed, or no whole number above 0.
+
+    mlp_factor: see :func:`sizes_of`.
+    """
+    needed = (*NEEDED, *([INTERMEDIATE] if mlp_factor is None else []))
     problems = []
     for size, key in keys.items():
         value, least = read(config, key), 0 if size == EXPERTS else 1
-        if value is None and size not in NEEDED:
+        if value is None and size not in needed:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{key} = {value!r}: must be a whole number from {least}")

@@ -115,6 +115,7 @@ def test_whatever_stands_for_a_size_is_taken_or_one_error(plain, tmp_path_factor
     [
         ({"num_hidden_layers": "4"}, "num_hidden_layers = '4': must be a whole number from 1"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 4: must be a multiple of num_key_value_heads = 3"),
+        ({"intermediate_size": None}, "intermediate_size = None: must be a whole number from 1"),
         ({"hidden_size": 0}, "hidden_size = 0: must be a whole number from 1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
         ({"model_type": "foo"}, "config of .* cannot be loaded: .*foo"),
