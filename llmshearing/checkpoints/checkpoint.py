@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from llmshearing.checkpoints.generation import constructible
 from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
@@ -59,7 +60,7 @@ class CheckpointInfo:
     def config(self) -> PretrainedConfig:
         """The model's config as an object of transformers."""
         try:
-            return AutoConfig.for_model(**self.hf_config)
+            return constructible(AutoConfig.for_model(**self.hf_config))
         except Exception as error:  # transformers takes any key, and each may fail in its own way
             raise ShearingError(f"config of the checkpoint cannot be used: {error}") from error
 

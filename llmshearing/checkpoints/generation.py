@@ -40,11 +40,62 @@ def writable(given: GenerationConfig | Mapping[str, Any] | None, config: Pretrai
     return found
 
 
+# Keys of a config that decide more than how text is generated.
+SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache")
+
+
+def constructible(config: PretrainedConfig) -> PretrainedConfig:
+    """The config, without settings of generation that no model could be made with. Changes ``config``."""
+    try:
+        GenerationConfig.from_model_config(config)
+    except Exception as error:  # transformers raises many kinds for odd settings
+        default, plain = GenerationConfig(), PretrainedConfig()
+        named = {name: value for name, value in config.to_dict().items() if hasattr(default, name)}
+        left = _unreadable({name: value for name, value in named.items() if name not in SHARED})
+        _say_unreadable(left, error)
+        for name in left:
+            if hasattr(plain, name):
+                setattr(config, name, getattr(plain, name))
+            else:
+                delattr(config, name)
+    return config
+
+
+def readable(values: Mapping[str, Any]) -> GenerationConfig:
+    """Settings as transformers reads them; those that it cannot read are left out, with one warning that names them."""
+    try:
+        return GenerationConfig.from_dict(dict(values))
+    except Exception as error:  # as above
+        left = _unreadable(values)
+        _say_unreadable(left, error)
+        return GenerationConfig.from_dict({name: value for name, value in values.items() if name not in left})
+
+
+def _unreadable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that cannot be read by themselves; all, where that is not enough."""
+    wrong = {name: value for name, value in values.items() if not _can_read({name: value})}
+    rest = {name: value for name, value in values.items() if name not in wrong}
+    return wrong if _can_read(rest) else dict(values)
+
+
+def _can_read(values: Mapping[str, Any]) -> bool:
+    try:
+        GenerationConfig.from_dict(dict(values))
+    except Exception:
+        return False
+    return True
+
+
+def _say_unreadable(left: Mapping[str, Any], error: Exception) -> None:
+    listed = ", ".join(f"{name} = {value}" for name, value in left.items())
+    log.warning("warning: generation settings left out, since transformers cannot read them: %s (%s)", listed, error)
+
+
 def _read(given: GenerationConfig | Mapping[str, Any] | None, config: PretrainedConfig) -> GenerationConfig:
     if given is None:
         return GenerationConfig.from_model_config(config)
     values = given.to_dict() if isinstance(given, GenerationConfig) else dict(given)
-    return GenerationConfig.from_dict(values)
+    return readable(values)
 
 
 def _problem(settings: GenerationConfig) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,19 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llmshearing.checkpoints.arguments import check_facts
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, plain_config, save_checkpoint
-from llmshearing.checkpoints.generation import writable
+from llmshearing.checkpoints.generation import readable
+from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.storage import LazyTensors, open_weights
+from llmshearing.families.table import Table
+from llmshearing.storage import LazyTensor, LazyTensors, find_file, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +48,20 @@ def load_hf_model(
         ShearingError: it cannot be loaded, or its tensors are not exactly those of its config.
     """
     _check_directory(name)
+    config = config or read_config(name)
+    config.return_dict = True  # outputs are asked for by name
+    settings = _generation(name, config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(name), config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
+            str(name), config=config, generation_config=settings, dtype=dtype, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except Exception as error:  # transformers, safetensors and the hub raise many kinds for broken or absent models
-        raise ShearingError(f"Hugging Face model {name} cannot be loaded: {error}") from error
+        reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ShearingError(f"Hugging Face model {name} cannot be loaded: {reason}") from error
     _check_report(str(name), report)
+    if absent := [key for key, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ShearingError(f"{name}: tensors and config do not belong together: there is no {', '.join(absent)}")
     return model
 
 
@@ -60,13 +72,46 @@ def load_hf_weights(name: Path | str) -> tuple[LazyTensors, PretrainedConfig]:
         ShearingError: it cannot be loaded, or its tensors are not exactly those of its family's table.
     """
     _check_directory(name)
-    try:
-        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise ShearingError(f"Hugging Face model {name} cannot be loaded: {error}") from error
+    config = read_config(name)
     table = table_for(config)
-    entries = {key: value for key, value in open_weights(name).entries.items() if not key.endswith(COMPUTED)}
+    entries = as_loaded(name, open_weights(name).entries, config, table)
     return check_weights(str(name), entries, table), config
+
+
+def as_loaded(
+    name: Path | str, entries: Mapping[str, LazyTensor], config: PretrainedConfig, table: Table
+) -> dict[str, LazyTensor]:
+    """The tensors of files as transformers takes them into the model.
+
+    Names of the bare decoder get its prefix. What is computed, and buffers of earlier versions, are left out. Of two
+    tensors that the config ties, the one counts that the other is tied to.
+    """
+    known, prefix = table.by_name, f"{causal_lm(config).base_model_prefix}."
+    full = {key: prefix + key if key not in known and prefix + key in known else key for key in entries}
+    found = {full[key]: entry for key, entry in entries.items()}
+    if strange := found.keys() - known.keys():
+        ignored = _ignored(config, prefix)
+        found = {key: entry for key, entry in found.items() if key not in strange or not ignored(key)}
+    for key, (spec, _) in known.items():
+        if spec.alias in found and key in found and not torch.equal(found[key].make(), found[spec.alias].make()):
+            del found[key]
+            log.warning(
+                "warning: %s: the config ties %s to %s, but they differ; taking %s, as transformers does",
+                *(name, key, spec.alias, spec.alias),
+            )
+    return found
+
+
+def _ignored(config: PretrainedConfig, prefix: str) -> Callable[[str], bool]:
+    """Which tensors without a place transformers leaves out: by patterns of the class, or named as buffers are."""
+    model_class = causal_lm(config)
+    patterns = [COMPUTED, *(getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    try:
+        with torch.device("meta"):
+            buffers = {name for name, _ in model_class(config).named_buffers()}
+    except Exception:  # no model can be made: this is said where one is needed
+        buffers = set()
+    return lambda key: bool({key, prefix + key} & buffers) or any(re.search(pattern, key) for pattern in patterns)
 
 
 def _check_directory(name: Path | str) -> None:
@@ -127,9 +172,12 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
 def _generation(name: Path | str, config: PretrainedConfig) -> GenerationConfig:
     """The model's own, or, where it has none, the one that transformers makes from its config."""
     try:
-        return GenerationConfig.from_pretrained(str(name))
-    except Exception:  # OSError where it has none; many other kinds where it is damaged or odd: it is only passed on
-        return writable(None, config)
+        file = find_file(name, GENERATION_CONFIG_NAME)
+        if file is not None:
+            return readable(json.loads(file.read_bytes()))
+    except Exception as error:  # no JSON, no mapping, ...: it is only passed on
+        log.warning("warning: %s of %s cannot be read and is left out: %s", GENERATION_CONFIG_NAME, name, error)
+    return GenerationConfig.from_model_config(config)
 
 
 def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) -> None:
@@ -149,12 +197,10 @@ def check_given(given: Mapping[str, Any], config: PretrainedConfig, where: str) 
 
 
 def model_class(config: PretrainedConfig) -> str:
-    """Name of the class that the config asks for, else of its model type's causal LM."""
+    """Name of the causal LM of the config's model type."""
     return causal_lm(config).__name__
 
 
 def causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config asks for, else its model type's causal LM."""
-    named = (config.architectures or [None])[0]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return known if not named or named == known.__name__ else getattr(transformers, named, known)
+    """The causal LM of the config's model type. `AutoModelForCausalLM` takes it whatever the architectures say."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

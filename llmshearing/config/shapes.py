@@ -12,7 +12,7 @@ from typing import Any
 
 from llmshearing.config.schema import Config, TargetModel
 from llmshearing.families import DEFAULT, FAMILIES
-from llmshearing.families.family import Family
+from llmshearing.families.family import Family, size_problems
 from llmshearing.families.heads import complete_heads, head_modes, why_not
 from llmshearing.families.names import EXPERTS, GROUPS, HEAD_DIM, HEADS, HIDDEN, YAML_KEYS
 
@@ -42,7 +42,7 @@ def read_hf_config(path: str) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no mapping")
@@ -54,7 +54,7 @@ def family_in(hf: Mapping[str, Any] | None) -> Family:
 
     A model type without a table is refused where the source is read.
     """
-    return FAMILIES.get((hf or {}).get("model_type") or DEFAULT.name, DEFAULT)
+    return FAMILIES.get(str((hf or {}).get("model_type") or DEFAULT.name), DEFAULT)
 
 
 def complete(sizes: Mapping[str, int | None]) -> Shape:
@@ -73,8 +73,16 @@ def _sizes(cfg: Config) -> dict[str, int | None]:
         hf = None  # source_problems reports it
     if hf is not None:
         family = family_in(hf)
+        if _wrong_sizes(hf):
+            return dict.fromkeys(family.keys)  # source_problems reports them
         return {size: hf.get(key) for size, key in family.keys.items()} | _filled(family, hf)
     return {size: getattr(cfg.model, key) for size, key in YAML_KEYS.items()}
+
+
+def _wrong_sizes(hf: Mapping[str, Any]) -> list[str]:
+    """Sizes that a `config.json` states and no model can have; absent ones are none."""
+    keys = {size: key for size, key in family_in(hf).keys.items() if hf.get(key) is not None}
+    return size_problems(hf, keys)
 
 
 def _filled(family: Family, hf: Mapping[str, Any]) -> dict[str, int | None]:
@@ -99,6 +107,9 @@ def source_problems(cfg: Config) -> Iterator[str]:
         hf = read_hf_config(cfg.model.path)
     except ValueError as error:
         yield f"model.path = {cfg.model.path}: {error}"
+        return
+    if hf is not None and (wrong := _wrong_sizes(hf)):
+        yield from (f"model.path = {cfg.model.path}: its config.json has {problem}" for problem in wrong)
         return
     if hf is not None:
         yield from disagreements(cfg, hf, f"{cfg.model.path}/config.json")

@@ -23,7 +23,7 @@ from llmshearing.families import (
     smollm3,
     stablelm,
 )
-from llmshearing.families.family import Family
+from llmshearing.families.family import Family, size_problems
 from llmshearing.families.nonuniform.table import TYPE, nonuniform_family
 from llmshearing.families.table import Table
 
@@ -58,6 +58,9 @@ def table_for(config: Any, head_mode: str = "group") -> Table:
         config: a transformers config. head_mode: see :class:`llmshearing.families.family.Family`.
 
     Raises:
-        ShearingError: the model type has no table.
+        ShearingError: the model type has no table, or a size is no whole number above 0.
     """
-    return family_of(getattr(config, "model_type", None)).table(config, head_mode)
+    family = family_of(getattr(config, "model_type", None))
+    if problems := size_problems(config, family.keys, family.mlp_factor):
+        raise ShearingError(f"no model of type {family.name} can have this config: {'; '.join(problems)}")
+    return family.table(config, head_mode)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
+from llmshearing.families.names import EXPERTS, GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
 from llmshearing.families.table import Table
 
 # The keys that most configs of transformers have.
@@ -48,6 +48,29 @@ def sizes_of(config: Any, keys: Mapping[str, str], mlp_factor: int | None = None
     if sizes.get(INTERMEDIATE) is None and mlp_factor is not None and sizes[HIDDEN]:
         sizes[INTERMEDIATE] = mlp_factor * sizes[HIDDEN]
     return sizes
+
+
+NEEDED = (HIDDEN, HEADS, LAYERS, VOCAB)
+"""Sizes without which there is no model."""
+
+
+def size_problems(config: Any, keys: Mapping[str, str], mlp_factor: int | None = None) -> list[str]:
+    """What is wrong with the sizes that a config states: none where one is needed, or no whole number above 0.
+
+    mlp_factor: see :func:`sizes_of`.
+    """
+    needed = (*NEEDED, *([INTERMEDIATE] if mlp_factor is None else []))
+    problems = []
+    for size, key in keys.items():
+        value, least = read(config, key), 0 if size == EXPERTS else 1
+        if value is None and size not in needed:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{key} = {value!r}: must be a whole number from {least}")
+    heads, groups = (read(config, keys[size]) if size in keys else None for size in (HEADS, GROUPS))
+    if not problems and heads and groups and heads % groups:
+        problems.append(f"{keys[HEADS]} = {heads}: must be a multiple of {keys[GROUPS]} = {groups}")
+    return problems
 
 
 def _nothing(config: Any, kept: list[int]) -> dict[str, Any]:

@@ -134,6 +134,8 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"its units must ascend, each once, within 0 to {size - 1}"
     elif units.gate is not None and units.gate.shape != units.index.shape:
         yield f"{len(units.gate)} gates for {len(index)} units"
+    elif kind.rows is None and not index:
+        yield "no unit stays"
     elif kind.rows is None and units.padding:
         yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
     elif kind.name == EXPERT and len(index) - units.padding < kind.minimum:
@@ -187,9 +189,23 @@ def load_selection(path: Path | str) -> tuple[Selection, dict[str, Any]]:
         about = json.loads(metadata["about"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ShearingError(f"selection {path} is incomplete: {error!r}") from error
+    if wrong := [say for name, tensor in tensors.items() for say in _odd(name, tensor)]:
+        raise ShearingError(f"selection {path}: {'; '.join(wrong)}")
     blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
     energy = {name.removeprefix("energy."): shares for name, shares in tensors.items() if name.startswith("energy.")}
     return Selection(units, blocks, energy), about
+
+
+def _odd(name: str, tensor: Tensor) -> Iterator[str]:
+    """What is wrong with one tensor of a file, whatever the model."""
+    if not name.startswith(("units.", "blocks.", "energy.")):
+        return
+    is_index = name.startswith("units.") and name.endswith(".index")
+    if tensor.dim() != 1 or (tensor.dtype != torch.int64 if is_index else not tensor.is_floating_point()):
+        kind = "int64" if is_index else "floating-point"
+        yield f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be a row of {kind} numbers"
+    elif not tensor.isfinite().all() or (name.startswith("energy.") and bool((tensor < 0).any())):
+        yield f"{name} has values that are not finite, or shares below 0"
 
 
 def _units(tensors: Mapping[str, Tensor], name: str) -> Units:

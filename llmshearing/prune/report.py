@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llmshearing.errors import ShearingError
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.methods.decoder import batch_loss
 
@@ -62,7 +63,11 @@ def _flops(model: PreTrainedModel, length: int) -> int:
     """Of a forward pass, counted by torch as they happen."""
     ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        model(input_ids=ids, use_cache=False)
+        try:
+            model(input_ids=ids, use_cache=False)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+            # A value of the config, such as a number written as text, that only the first pass looks at.
+            raise ShearingError(f"the model cannot run: {type(error).__name__}: {error}; see its config") from error
     return counter.get_total_flops()
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from llmshearing.checkpoints.hf_read import load_hf_model, looks_local
+from llmshearing.checkpoints.hf_config import read_config
+from llmshearing.checkpoints.hf_read import as_loaded, load_hf_model, looks_local
 from llmshearing.checkpoints.output import REPORT, check_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
@@ -37,7 +38,7 @@ from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
 from llmshearing.prune.targets import DROP, Target, resolve_target
-from llmshearing.storage import open_weights
+from llmshearing.storage import LazyTensor, open_weights
 from llmshearing.storage.dtypes import main_dtype
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def prune(
     data = _calibration(calibration, model, plan.config, sequences)
     if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
-    dtypes = {name: tensor.dtype for name, tensor in open_weights(model).entries.items()}
+    dtypes = _dtypes(model, plan)
     dtype = main_dtype(dtypes)
     source = load_hf_model(model, torch.float32).eval()
     _check_dropped(plan, source)
@@ -122,6 +123,14 @@ def prune(
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
     return Pruned(output, before, after, seconds, choice)
+
+
+def _dtypes(model: Path | str, plan: Plan) -> dict[str, torch.dtype]:
+    """Of the stored tensors, by their names in the model."""
+    entries: Mapping[str, LazyTensor] = open_weights(model).entries
+    if plan.table.tensors:
+        entries = as_loaded(model, entries, plan.config, plan.table)
+    return {name: tensor.dtype for name, tensor in entries.items()}
 
 
 def _check_dropped(plan: Plan, source: PreTrainedModel) -> None:
@@ -183,10 +192,7 @@ def _method(name: str) -> Method:
 def _config(model: Path | str) -> PretrainedConfig:
     if looks_local(model) and not (Path(model) / "config.json").is_file():
         raise ShearingError(f"model {model} is no Hugging Face directory: it has no config.json")
-    try:
-        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise ShearingError(f"the config of {model} cannot be loaded: {error}") from error
+    return read_config(model)
 
 
 def _table(config: PretrainedConfig, method: Method, options: Mapping[str, Any]) -> Table:
@@ -213,9 +219,10 @@ def _calibration(
 def _history(model: Path | str) -> list[str]:
     """How the source was pruned before, where it was."""
     try:
-        return list(json.loads((Path(model) / REPORT).read_text())["history"])
-    except (OSError, ValueError, KeyError, TypeError):
+        history = json.loads((Path(model) / REPORT).read_text())["history"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
+    return [str(line) for line in history] if isinstance(history, list) else []
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def resolve_target(asked_for: Mapping[str, Any], table: Table, method: Method) -
         ShearingError: listing every key that is unknown, that the method cannot change, or whose value does not fit;
             or the target is the source's own shape.
     """
+    asked_for = {str(key): value for key, value in asked_for.items()}
     source = [table.at_layer(layer).shape() for layer in range(table.layers)]
     if not method.sizes:
         if asked_for:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,59 +37,70 @@ def open_weights(model: Path | str) -> LazyTensors:
         ShearingError: there are none, a file is missing or damaged, or the index names a file elsewhere.
     """
     for name, read in ((SAFETENSORS, _safetensors), (PICKLED, _pickled)):
-        files = list(_files(model, name))
-        if files:
-            _say_others(model, files)
-            return _merged(model, files, read)
+        if (found := _find(model, name)) is not None:
+            _say_others(model, found)
+            return _merged(model, found, read)
     raise ShearingError(f"Hugging Face model {model} has no {SAFETENSORS} and no {PICKLED}, whole or with {_INDEX}")
 
 
-def _merged(model: Path | str, files: list[Path], read: Callable[[Path], dict[str, LazyTensor]]) -> LazyTensors:
+@dataclass(frozen=True)
+class _Found:
+    """Files of one form; of shards also the index, and the tensors that it lists."""
+
+    files: list[Path]
+    index: Path | None = None
+    listed: frozenset[str] = frozenset()
+
+
+def _merged(model: Path | str, found: _Found, read: Callable[[Path], dict[str, LazyTensor]]) -> LazyTensors:
     entries: dict[str, LazyTensor] = {}
-    for file in files:
-        found = read(file)
-        if twice := sorted(entries.keys() & found):
+    for file in found.files:
+        # A tensor that the index does not list is left aside, as transformers does.
+        part = {name: entry for name, entry in read(file).items() if found.index is None or name in found.listed}
+        if twice := sorted(entries.keys() & part):
             raise ShearingError(f"Hugging Face model {model}: {twice[0]} is in {file.name} and in another file")
-        entries |= found
+        entries |= part
     return LazyTensors(entries)
 
 
-def _files(model: Path | str, name: str) -> Iterator[Path]:
+def _find(model: Path | str, name: str) -> _Found | None:
     """The files of one form: the single one, or those that its index lists."""
     single = find_file(model, name)
     if single is not None:
-        return iter([single])
+        return _Found([single])
     index = find_file(model, name + _INDEX)
-    return iter(()) if index is None else _listed(model, index)
+    return None if index is None else _listed(model, index)
 
 
-def _say_others(model: Path | str, files: list[Path]) -> None:
+def _say_others(model: Path | str, taken: _Found) -> None:
     """Log which further files of weights a directory has."""
     folder = Path(model)
     if folder.is_dir():
         patterns = ("model*.safetensors", "pytorch_model*.bin", f"*{_INDEX}")
-        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-        used = {file.name for file in files} | ({SAFETENSORS + _INDEX, PICKLED + _INDEX} if len(files) > 1 else set())
-        if others := [name for name in found if name not in used]:
+        there = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+        used = {file.name for file in (*taken.files, *filter(None, [taken.index]))}
+        if others := [name for name in there if name not in used]:
+            main = taken.index or taken.files[0]
             log.warning(
-                "warning: %s: taking %s, as transformers does; left aside: %s",
-                *(model, files[0].name if len(files) == 1 else f"{len(files)} shards", ", ".join(others)),
+                "warning: %s: taking %s, as transformers does; left aside: %s", model, main.name, ", ".join(others)
             )
 
 
-def _listed(model: Path | str, index: Path) -> Iterator[Path]:
+def _listed(model: Path | str, index: Path) -> _Found:
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        places = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
         outside = [shard for shard in shards if not is_plain_name(shard)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShearingError(f"{index} is no index of weights: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShearingError(f"{index} is no index of weights: {type(error).__name__}: {str(error)[:80]}") from error
     if outside:
         raise ShearingError(f"{index} names the file {outside[0]!r}, which is not beside it")
-    for shard in shards:
-        file = find_file(model, shard)
-        if file is None:
-            raise ShearingError(f"Hugging Face model {model}: {shard}, which its index lists, is missing")
-        yield file
+    if not shards:
+        raise ShearingError(f"{index} lists no tensor")
+    files = {shard: find_file(model, shard) for shard in shards}
+    if missing := [shard for shard, file in files.items() if file is None]:
+        raise ShearingError(f"Hugging Face model {model}: {missing[0]}, which its index lists, is missing")
+    return _Found([file for file in files.values() if file is not None], index, frozenset(places))
 
 
 def find_file(model: Path | str, name: str) -> Path | None:

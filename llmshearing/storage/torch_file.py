@@ -33,6 +33,8 @@ from llmshearing.storage.window import Window
 CHUNK = 16 << 20  # bytes read at once
 TENSORS = "/data/"  # in the names of records that hold tensors
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: the lengths of the name and of the extra field after it
+BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How files of torch.save began before torch 1.6: its magic number, pickled."""
 
 
 class TorchFile:
@@ -128,16 +130,27 @@ def damaged(path: Path) -> Iterator[None]:
     except ShearingError:
         raise
     except Exception as error:
-        raise ShearingError(f"checkpoint {path} is damaged or no checkpoint of torch.save: {_reason(error)}") from error
+        reason = _reason(error, path)
+        raise ShearingError(f"checkpoint {path} is damaged or no checkpoint of torch.save: {reason}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """What was wrong, in a line. torch's own text on refused pickles advises to load them unsafely: not repeated."""
+    if isinstance(error, zipfile.BadZipFile) and _begins_with(path, BEFORE_ZIP):
+        return "it is in the format of torch before 1.6; load it with torch and save it again"
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
         refused = re.search(r"GLOBAL (\S+)", text)
         return f"it names {refused[1]}, which is no plain data" if refused else "its pickle is no plain data"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _begins_with(path: Path, mark: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(mark)) == mark
+    except OSError:
+        return False
 
 
 def plain_types() -> list[Any]:

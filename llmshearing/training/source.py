@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
+from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
 from llmshearing.config.shapes import FACTS
@@ -79,7 +80,7 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
     if checkpoint is not None:
         return checkpoint.info.config
     if (Path(cfg.model.path) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(cfg.model.path)
+        config = read_config(cfg.model.path)
     elif (shape := source_shape(cfg)) is not None:
         # The weights are elsewhere (a recipe looked at on a laptop): the YAML's keys say the shape.
         facts = {key: getattr(cfg.model, key) for key in FACTS}
@@ -87,7 +88,12 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
         given = {**sizes, **{key: value for key, value in facts.items() if value is not None}}
         config = AutoConfig.for_model(DEFAULT.name, **given, max_position_embeddings=cfg.max_seq_len)
     else:
-        config = _from_hub(cfg.model.path)
+        try:
+            config = read_config(cfg.model.path)
+        except ShearingError as error:
+            said = f"model.path = {cfg.model.path}: no such directory, checkpoint or model: {error}"
+            raise ShearingError(said) from None
+    config.return_dict = True  # outputs are asked for by name
     return config
 
 
@@ -102,13 +108,6 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
             setattr(config, key, 0.0)
         log.info("dropout is off, as in every run: %s", ", ".join(f"{key} {was} -> 0" for key, was in found.items()))
     return config
-
-
-def _from_hub(name: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ShearingError(f"model.path = {name}: no such directory, checkpoint or model: {error}") from None
 
 
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from helpers_oracle import tiny_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmshearing.errors import ShearingError
@@ -141,3 +141,20 @@ def test_bad_targets_say_what_would_be_right(method, wanted, says):
     with pytest.raises(ShearingError) as error:
         resolve_target(wanted, table, method)
     assert all(say in str(error.value) for say in says), error.value
+
+
+ANY = st.none() | st.booleans() | st.integers(-1, 12) | st.floats() | st.text(max_size=3)
+ANY |= st.lists(ANY, max_size=4) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+NAMED = ["hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers",
+         "drop_layers", "ratio", "vocab_size", "other", 3]  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(wanted=st.dictionaries(st.sampled_from(NAMED), ANY, max_size=3), name=st.sampled_from(sorted(METHODS)))
+def test_whatever_a_target_asks_for_is_a_shape_or_one_error(wanted, name):
+    for table in (MHA, GQA):
+        try:
+            shape = resolve_target(wanted, table, METHODS[name]).shape
+        except ShearingError:
+            continue
+        assert shape.keys() == table.shape().keys()

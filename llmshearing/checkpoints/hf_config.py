@@ -1,0 +1,84 @@
+"""The config of a Hugging Face model, as transformers reads it, without what the weights make needless."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from llmshearing.checkpoints.generation import constructible
+from llmshearing.errors import ShearingError
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")
+QUANTIZED = "quantization_config"
+# How attention is computed is decided by who runs the model, not by who wrote it.
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+
+
+def read_config(name: Path | str) -> PretrainedConfig:
+    """The config of a directory, or of a name on the hub. No code of it is run.
+
+    Left out are an unknown dtype (the tensors tell their own), an empty quantization and the way that attention is
+    computed. Generation settings that transformers cannot read are left out too, with a warning.
+
+    Raises:
+        ShearingError: it is missing, unreadable or of an unknown model type, or says that the weights are quantized.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(str(name))
+        plain = _without_needless(str(name), values)
+        config = _loaded(str(name), plain if plain.keys() != values.keys() else None)
+    except ShearingError:
+        raise
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ShearingError(f"the config of {name} cannot be loaded: {_said(error)}") from error
+    return constructible(config)
+
+
+def _without_needless(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that decide what the model is.
+
+    Raises:
+        ShearingError: the weights are quantized.
+    """
+    if values.get(QUANTIZED):
+        raise ShearingError(
+            f"the config of {name} has {QUANTIZED} = {values[QUANTIZED]}: its weights are quantized. Give the model "
+            "before the quantization"
+        )
+    unknown = [key for key in DTYPE_KEYS if values.get(key) is not None and not _is_dtype(values[key])]
+    if unknown:
+        listed = ", ".join(f"{key} = {values[key]!r}" for key in unknown)
+        log.warning("warning: the config of %s has %s, which names no dtype; the tensors' own is taken", name, listed)
+    needless = {*unknown, *ATTENTION_KEYS, *([QUANTIZED] if QUANTIZED in values else [])}
+    return {key: value for key, value in values.items() if key not in needless}
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
+def _loaded(name: str, values: Mapping[str, Any] | None) -> PretrainedConfig:
+    """transformers' own reading, of these values in place of the file's where they are given."""
+    if values is None:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(values))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = name
+    return config
+
+
+def _said(error: Exception) -> str:
+    """What an error says; with its kind, where that alone tells something."""
+    kind = type(error).__name__
+    return str(error) if isinstance(error, (OSError, ValueError, ImportError)) else f"{kind}: {error}"
