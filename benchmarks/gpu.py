@@ -7,7 +7,8 @@
     distilled  the plain model's step with the source's logits to follow
 
 Weights, gradients and Adam's moments are bfloat16, so that a 7B model fits one card. MFU counts 6 x parameters a token
-and attention, against the card's own rate on a large matrix product. Ratios are of one run.
+and attention (a teacher's forward pass a third of that), against the card's own rate on a large matrix product. Ratios
+are of one run. A peak counts what the step needs to be on the card: the source's weights in `distilled` alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -75,8 +77,13 @@ class Bench:
             times.append(time.perf_counter() - start)
         seconds = sorted(times)[len(times) // 2]
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return {"seconds": seconds, "tokens_per_second": self.batch * self.length / seconds, "peak_bytes": peak,
-                "waits": self._waits(step)}  # fmt: skip
+        return {
+            "seconds": seconds,
+            "range": [min(times), max(times)],
+            "tokens_per_second": self.batch * self.length / seconds,
+            "peak_bytes": peak,
+            "waits": self._waits(step),
+        }
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -92,7 +99,7 @@ class Bench:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in seen)
+        return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
 
 def model_of(config: Any, device: torch.device) -> PreTrainedModel:
@@ -122,11 +129,13 @@ def measure_shape(name: str, bench: Bench, values: dict[str, Any]) -> dict[str, 
     optimizer.state.clear()
     found |= measure_masked(model, table, target, bench)
     model.zero_grad(set_to_none=True)
+    model.to("cpu")
     small_config = config_of(config_of_shape(config.to_dict(), table, target))
     small = model_of(small_config, bench.device)
     found["target_parameters"] = table_for(small_config).count()
     smaller = optimizer_of(small.parameters())
     found["plain"] = bench.measure(lambda: _step(small, smaller, bench))
+    model.to(bench.device)
     found["distilled"] = bench.measure(lambda: _step(small, smaller, bench, teacher=model))
     return found
 
@@ -179,7 +188,10 @@ def profiled(step: Callable[[], None], bench: Bench) -> list[dict[str, Any]]:
         step()
     def spent(event: Any) -> float:
         return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
-    events = [event for event in seen.key_averages() if spent(event) > 0]
+    # On a card the operations of the host carry their kernels' time too: each would count twice.
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    own = (event for event in seen.key_averages() if event.device_type == kind and not event.is_user_annotation)
+    events = [event for event in own if spent(event) > 0]
     total = sum(map(spent, events)) or 1.0
     top = sorted(events, key=spent, reverse=True)[:10]
     return [{"name": event.key[:70], "share": spent(event) / total, "calls": event.count} for event in top]
@@ -249,11 +261,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         values, batch, length = SHAPES[shape]
         bench = Bench(device, options.repeats, batch, length, values["vocab_size"])
         found = result["shapes"][shape] = measure_shape(shape, bench, values)
+        found |= {"batch": batch, "length": length, "repeats": options.repeats, "dtype": str(DTYPE)}
         for step in ("dense", "open", "target", "plain", "distilled"):
             row, small = found[step], step in ("target", "plain", "distilled")
             parameters = found["target_parameters"] if small else found["parameters"]
-            row["mfu"] = (flops(parameters, {**values, **(found["target"] if small else {})}, length)
-                          * row["tokens_per_second"] / result["matmul_flops"])  # fmt: skip
+            work = flops(parameters, {**values, **(found["target"] if small else {})}, length)
+            if step == "distilled":
+                work += flops(found["parameters"], values, length) / 3
+            row["mfu"] = work * row["tokens_per_second"] / result["matmul_flops"]
             ratio = row["seconds"] / found["dense"]["seconds"]
             print(f"{shape:6}{step:11}{1e3 * row['seconds']:9.2f}{ratio:9.2f}{row['tokens_per_second']:12,.0f}"
                   f"{row['peak_bytes'] / 2**30:8.2f}{row['mfu']:7.1%}{row['waits'] or 0:7}", flush=True)  # fmt: skip
