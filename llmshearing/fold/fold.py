@@ -358,7 +358,10 @@ def renamed(table: Table, selection: Selection) -> Iterator[tuple[str, str, Tens
 
 
 def check_foldable(table: Table, selection: Selection) -> None:
-    """Refuse selections that close one block of a layer and keep the other, or that keep no layer."""
+    """Refuse selections that close one block of a layer and keep the other, or keep no layer or no hidden unit."""
+    for kind, rows in selection.units.items():
+        if table.kinds[kind].rows is None and not len(rows[0].index):
+            raise ShearingError(f"{kind}: no unit stays, and a model needs one at least")
     kept = selection.kept_layers(table.layers)
     problems = [] if kept else ["every layer is closed"]
     for layer in kept:

@@ -134,8 +134,6 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"its units must ascend, each once, within 0 to {size - 1}"
     elif units.gate is not None and units.gate.shape != units.index.shape:
         yield f"{len(units.gate)} gates for {len(index)} units"
-    elif kind.rows is None and not index:
-        yield "no unit stays"
     elif kind.rows is None and units.padding:
         yield f"{units.padding} of its {len(index)} units are padding, which norms would count: select without rounding"
     elif kind.name == EXPERT and len(index) - units.padding < kind.minimum:
