@@ -84,6 +84,9 @@ class L0Module:
     step (needs target_model)."""
     noise: float = number(1.0, low=0)
     """Scale of the noise of the sampled gates; 0: none."""
+    norms: str = choice("auto", "auto", "units", "energy")
+    """What RMSNorms count of the hidden units that are open. units: their number; energy: the energy that they carried
+    in the source, measured at the start; auto: energy with model.turn and with an informed start, else units."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)
@@ -91,6 +94,18 @@ class L0Module:
     round_to: int = count(8)
     """Open elements of each axis are rounded up to a multiple of this many, which are quicker to multiply (64 suits
     GPU tiles); the extra units have gate 0, so that nothing changes but the time. 1: no rounding."""
+
+
+@dataclass
+class Turn:
+    """Hidden units turned into directions by energy, as the first thing of a run: the same function (docs/onerun.md)."""
+
+    samples: int = count(128)
+    """Sequences of the training split that the directions are found by."""
+    basis: str = choice("energy", "energy")
+    """energy: directions in which the inputs of the norms vary most."""
+    untie: bool = False
+    """Give a head that is the embedding a tensor of its own, as turning needs."""
 
 
 @dataclass
@@ -146,6 +161,8 @@ class Model:
     """Recompute layers in the backward pass to save memory; null: as fsdp_config.activation_checkpointing, or false."""
     l0_module: L0Module | None = None
     """Masks to train; null in continued pretraining."""
+    turn: Turn | None = None
+    """Turn hidden units before anything else; null: leave them."""
 
 
 @dataclass

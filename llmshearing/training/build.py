@@ -34,6 +34,7 @@ from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.watch import Watch
 from llmshearing.training.source import Source, build_masks, load_model, mask_info
 from llmshearing.training.start import start_masks
+from llmshearing.training.turning import TurnedBasis, turned
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def run_info(
         "tokenizer": cfg.tokenizer_name or directory,
         "history": [
             *(before.history if before is not None else []),
+            *(["turned hidden units into directions by energy"] if source.basis is not None else []),
             f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
         ],
         "generation_config": before.generation_config if before is not None else generation_config,
@@ -204,6 +206,7 @@ def build_trainer(
     masks = build_masks(source, cfg)
     found = prepare(cfg, source, masks)
     train, evaluation = build_data(cfg, source)
+    source = turned(source, cfg, train.dataloader.dataset, device, found)
     l0 = cfg.model.l0_module
     if masks is not None:
         start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
@@ -220,6 +223,7 @@ def build_trainer(
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
     dataset = train.dataloader.dataset
+    basis = [TurnedBasis(source.basis)] if source.basis is not None else []
     safety = build_safety(cfg, dataset, info, source.config.vocab_size, request or StopRequest(), watch)
     with plain_data_only(cfg.trust_checkpoint):
         return Trainer(
@@ -229,7 +233,7 @@ def build_trainer(
             optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
-            callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],
+            callbacks=[*build_callbacks(cfg, masks, dataset, info), *basis, *safety],
             loggers=build_loggers(cfg),
             device=device,
             **trainer_options(cfg, device),

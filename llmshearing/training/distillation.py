@@ -17,6 +17,7 @@ from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config
 from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
+from llmshearing.prune.methods.turn import turn_model
 from llmshearing.storage import load_weights
 from llmshearing.training.source import Source
 
@@ -49,6 +50,8 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
     asked = cfg.distill
     path = asked.teacher or cfg.model.path
     model = _load(path)
+    if path == cfg.model.path and source.basis is not None:  # the student's own source, turned as the student was
+        turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
     own, theirs = source.config.vocab_size, model.config.vocab_size
     if own != theirs:
         raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}; take one")

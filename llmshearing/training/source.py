@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 
@@ -15,6 +19,7 @@ from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_c
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
+from llmshearing.config.schema import Turn
 from llmshearing.config.shapes import FACTS
 from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
@@ -23,7 +28,9 @@ from llmshearing.families.names import HEAD_DIM
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import config_of_shape
+from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.prune.methods.turn import turn_model
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
 
@@ -39,6 +46,15 @@ class Source:
     head_mode: str
     target: dict[str, int] | None
     checkpoint: Checkpoint | None
+    stored: PretrainedConfig | None = None
+    """Config of the stored weights, where turning them parts a head from its embedding; None: ``config``."""
+    basis: Tensor | None = None
+    """What hidden units are turned by whenever the weights are loaded; None: nothing."""
+
+    @property
+    def stored_table(self) -> Table:
+        """The table of the stored weights."""
+        return self.table if self.stored is None else table_for(self.stored, self.head_mode)
 
     def target_parameters(self) -> int | None:
         """Parameters of the model of the target's shape, embeddings and all."""
@@ -63,8 +79,13 @@ def read_source(cfg: Config) -> Source:
     hf_config = _without_dropout(_hf_config(cfg, checkpoint))
     table = table_for(hf_config)
     shape = complete(table.sizes())
-    if problems := [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]:
+    problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
+    if problems := [*problems, *turn_problems(cfg.model.turn, table, cfg.max_seq_len)]:
         raise ShearingError("\n".join(problems))
+    stored = None
+    if cfg.model.turn is not None and any(spec.alias for spec in table.tensors):
+        stored, hf_config = hf_config, _untied(hf_config)
+        table = table_for(hf_config)
     mode = head_mode(cfg, shape)
     target = None
     if (wanted := target_shape(cfg, shape)) is not None:
@@ -73,7 +94,7 @@ def read_source(cfg: Config) -> Source:
         target = {key: number for key, number in {**table.shape(), **target}.items() if number is not None}
         if problems := table.shape_problems(target):
             raise ShearingError("model.l0_module.target_model: " + "\n".join(problems))
-    return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint)
+    return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint, stored)
 
 
 def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
@@ -120,15 +141,18 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
         ShearingError: weights are missing, unexpected or of another shape.
     """
     attention = cfg.model.attn_implementation or "sdpa"
+    stored = copy.deepcopy(source.stored or source.config)
     if not reads_source(cfg):
         with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
             model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:
-        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(stored, dtype=torch.float32)
         load_weights(model, source.checkpoint.weights)
     else:
-        model = load_hf_model(cfg.model.path, torch.float32, source.config)
+        model = load_hf_model(cfg.model.path, torch.float32, stored)
+    if source.basis is not None and reads_source(cfg):
+        turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
     model.set_attn_implementation(_causal(attention, source.config))
     if cfg.model.activation_checkpointing:
         # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
@@ -141,6 +165,31 @@ def _causal(attention: str, config: PretrainedConfig) -> str:
 
     windowed = getattr(config, "sliding_window", None) is not None
     return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention
+
+
+def turn_problems(turn: Turn | None, table: Table, max_seq_len: int) -> Iterator[str]:
+    """What keeps a source of this table from being turned, as far as that can be told without its weights."""
+    if turn is None:
+        return
+    key = "model.turn"
+    for check in (check_turnable, partial(check_tied, untie=turn.untie)):
+        try:
+            check(table)
+        except ShearingError as error:
+            yield f"{key}: {error}".replace("Say --untie", f"Say {key}.untie=true")
+    tokens, size = turn.samples * max_seq_len, table.axes[HIDDEN].length
+    if tokens < size:
+        yield (
+            f"{key}.samples = {turn.samples} of max_seq_len = {max_seq_len}: {tokens:,} tokens cannot tell {size:,} "
+            f"directions apart; give at least {-(-size // max_seq_len)}"
+        )
+
+
+def _untied(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the same model with a head of its own."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
 
 
 def build_masks(source: Source, cfg: Config) -> L0Masks | None:
@@ -171,5 +220,6 @@ def mask_info(masks: L0Masks | None, head_mode: str) -> dict[str, Any] | None:
         "seed": masks.seed,
         "constraint": masks.constraint,
         "noise": masks.noise,
+        "energy": masks.energy is not None,
         "head_mode": head_mode,
     }

@@ -24,7 +24,7 @@ from llmshearing import files as durable
 from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
-from llmshearing.masks.l0 import L0Masks
+from llmshearing.masks.l0 import L0Masks, no_energy
 from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
 from llmshearing.training.resilience.saver import WRITING
@@ -205,11 +205,15 @@ def check_same_run(archive: Archive, source: Source, masks: L0Masks | None) -> N
     table = source.table
     wanted = {f"model.{name}": table.tensor_shape(spec, layer) for name, spec, layer in table.instances()}
     tied = {f"model.{name}" for name, spec, _ in source.table.instances() if spec.alias is not None}
+    buffers: set[str] = set()
     if masks is not None:
+        if "masks.energy" in tensors and masks.energy is None:
+            masks.count_energy(no_energy(masks.table))
+        buffers = {f"masks.{name}" for name, _ in masks.named_buffers()}
         wanted |= {f"masks.{name}": tuple(value.shape) for name, value in masks.state_dict().items()}
     differ = [name for name in sorted({*wanted, *tensors} - tied) if wanted.get(name) != tensors.get(name)]
     trained = {name for optimizer in optimizers.values() for name in optimizer["state"]}
-    differ += sorted(trained.symmetric_difference(set(wanted) - tied)) if not differ and trained else []
+    differ += sorted(trained.symmetric_difference(set(wanted) - tied - buffers)) if not differ and trained else []
     if differ:
         first = differ[0]
         raise ShearingError(
