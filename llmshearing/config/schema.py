@@ -346,6 +346,9 @@ class Distill:
 
     teacher: str | None = None
     """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
+    cache: str | None = None
+    """Directory that `llmshearing distill cache` wrote on this run's training split, in place of a live teacher. With
+    `teacher` too it must be that teacher's."""
     weight: float = number(1.0, low=0, above=True)
     """Of the forward KL divergence from the teacher, nats a token."""
     ce: float = number(0.0, low=0)

@@ -22,6 +22,7 @@ from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.storage import load_weights
+from llmshearing.training.cache.codec import Codec
 from llmshearing.training.hidden import HiddenStates, recorded
 from llmshearing.training.source import Source
 from llmshearing.training.sparse import SAMPLED, content_keys, sparse_targets
@@ -68,8 +69,9 @@ class Teacher(Guide):
             logits = self.model(input_ids=input_ids, use_cache=False).logits
         if self.top_k is None:
             return Answer(Dense(logits), states)
-        keys = content_keys(input_ids)
-        return Answer(sparse_targets(logits, self.top_k, self.tail, keys, self.temperature), states)
+        targets = sparse_targets(logits, self.top_k, self.tail, content_keys(input_ids), self.temperature)
+        codec = Codec(logits.shape[-1], targets.ids.shape[-1], self.tail)
+        return Answer(codec.rounded(targets), states)  # to the very bits that a cache would give
 
 
 def build_teacher(cfg: Config, source: Source) -> Teacher | None:

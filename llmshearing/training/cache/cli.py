@@ -86,12 +86,13 @@ def open_streams(root: Path, domains: Sequence[str] | None, vocab_size: int) -> 
     if not domains and (root / MDS_INDEX).is_file():
         return {ONE_FOLDER: MdsDirectory(root, None, vocab_size)}
     there = sorted(file.parent.name for file in root.glob(f"*/{MDS_INDEX}"))
+    below = sorted({file.parent.parent.name for file in root.glob(f"*/*/{MDS_INDEX}")})
+    if below and not domains:  # folders beside the splits, as the merged evaluation split, are no domains
+        raise ShearingError(f"{root} has no MDS data of one split; give --split, one of {', '.join(below)}")
     if missing := [name for name in domains or () if name not in there]:
         raise ShearingError(f"{root} has no domain {', '.join(missing)}; it has {', '.join(there) or 'none'}")
     if not there:
-        below = sorted(file.parent.parent.name for file in root.glob(f"*/*/{MDS_INDEX}"))
-        known = f"; give --split, one of {', '.join(dict.fromkeys(below))}" if below else ""
-        raise ShearingError(f"{root} has no MDS data: no folder with an {MDS_INDEX}{known}")
+        raise ShearingError(f"{root} has no MDS data: no folder with an {MDS_INDEX}")
     return {name: MdsDirectory(root / name, None, vocab_size) for name in domains or there}
 
 

@@ -62,7 +62,8 @@ class TeacherCache:
             ShearingError: the cache has no such sample, or other token ids or damaged bytes for it.
         """
         rows = input_ids.cpu().numpy()
-        read = np.stack([self._sample(*of, row) for *of, row in zip(domains, samples, rows, strict=True)])
+        wanted = zip(domains, samples, rows, strict=True)
+        read = np.stack([self._sample(domain, sample, row) for domain, sample, row in wanted])
         found = self.index.codec.decode(read.reshape(-1), input_ids.device)
         rest = None if found.rest is None else pad(found.rest.view(read.shape), (0, 1))
         ids, probs = (values.reshape(*read.shape, -1) for values in (found.ids, found.probs))
