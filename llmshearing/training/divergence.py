@@ -74,9 +74,10 @@ class _SparseDivergence(torch.autograd.Function):
         normaliser, soft, outer, divergence = _rows_of(logits, 4)
         for rows in chunks(logits):
             own, q = logits[rows].to(soft.dtype), probs[rows].to(soft.dtype)
-            normaliser[rows] = own.logsumexp(-1)
-            own = own / options.temperature
-            soft[rows] = own.logsumexp(-1)
+            normaliser[rows] = soft[rows] = own.logsumexp(-1)
+            if options.temperature != 1:
+                own = own / options.temperature
+                soft[rows] = own.logsumexp(-1)
             divergence[rows] = _excess(q, own.gather(1, ids[rows]) - soft[rows, None]).sum(-1)
             if rest is not None:
                 outer[rows] = _without(own, ids[rows], q).logsumexp(-1)
@@ -87,21 +88,25 @@ class _SparseDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, labels, ids, probs, rest, normaliser, soft, outer = ctx.saved_tensors
+        temperature, ce = ctx.options.temperature, ctx.options.ce
+        weight = ctx.options.weight * temperature
+        # At temperature 1 the student's probabilities serve the cross-entropy too: one pass less.
+        shared = ce if temperature == 1 else 0.0
         for rows in chunks(logits):
-            own, q = logits[rows].to(normaliser.dtype), probs[rows].to(normaliser.dtype)
-            scaled = own / ctx.options.temperature
-            mass = q.sum(-1)
-            part = (scaled - soft[rows, None]).exp_()
-            if rest is None:
-                part.mul_(mass[:, None])
-            else:
+            own, q = logits[rows].to(normaliser.dtype), weight * probs[rows].to(normaliser.dtype)
+            scaled = own if temperature == 1 else own / temperature
+            others = torch.zeros_like(soft[rows]) if rest is None else weight * rest[rows].to(q)
+            part = (scaled - soft[rows, None]).exp_().mul_((q.sum(-1) + others + shared)[:, None])
+            if rest is not None:
                 # A student that gives the rest nothing has no say in how to share it out.
-                others = rest[rows].to(q)
                 known = torch.where(outer[rows].isfinite(), outer[rows], torch.inf)
-                share = (_without(scaled, ids[rows], q) - known[:, None]).exp_()
-                part.mul_((mass + others)[:, None]).sub_(share.mul_(others[:, None]))
+                share = _without(scaled, ids[rows], q).sub_(known[:, None]).exp_()
+                part.sub_(share.mul_(others[:, None]))
             part.scatter_add_(1, ids[rows], -q)
-            part = _with_cross_entropy(part, own, normaliser[rows], labels[rows], ctx.options)
+            if ce:
+                part.scatter_add_(1, labels[rows, None], part.new_full((len(part), 1), -ce))
+            if ce and not shared:
+                part.add_((own - normaliser[rows, None]).exp_(), alpha=ce)
             logits[rows] = part.mul_(gradient[rows, None])
         return logits, None, None, None, None, None
 
@@ -120,8 +125,8 @@ def _excess(probability: Tensor, log_student: Tensor) -> Tensor:
 
 def _without(logits: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
     """The logits [N, V] of tokens without an entry; -inf at the others."""
-    entries = torch.zeros_like(logits).scatter_add_(1, ids, (probs > 0).to(logits.dtype))
-    return logits.masked_fill(entries > 0, -torch.inf)
+    bound = torch.where(probs > 0, -torch.inf, torch.inf).to(logits.dtype)
+    return logits.scatter_reduce(1, ids, bound, "amin")
 
 
 def _results(
