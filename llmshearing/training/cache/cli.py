@@ -43,7 +43,7 @@ def cache_targets(
     tail: str = SAMPLED,
     temperature: float = 1.0,
     batch: int = 8,
-    precision: str = "fp32",
+    precision: str | None = None,
     part_bytes: int = PART_BYTES,
 ) -> CacheIndex:
     """Write the cache, or what is missing of it; see the command's help.
@@ -53,6 +53,7 @@ def cache_targets(
     """
     if batch < 1 or not 0 < temperature < float("inf"):
         raise ShearingError(f"batch = {batch}, temperature = {temperature}: at least 1, and above 0")
+    precision = precision or ("amp_bf16" if torch.cuda.is_available() else "fp32")
     output = Path(output)
     config, _ = describe(teacher)
     codec = Codec(config.vocab_size, top_k, tail)
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tail", choices=TAILS, default=SAMPLED, help=tails)
     add("--temperature", type=float, default=1.0, help="distill.temperature of the run (default: %(default)s)")
     add("--batch", type=int, default=8, help="sequences that the teacher sees at a time (default: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the teacher's arithmetic (default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="of the teacher (default: amp_bf16 on a GPU, fp32 without one)")
     return options
 
 

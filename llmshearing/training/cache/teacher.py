@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.checkpoints.hf_config import read_config
+from llmshearing.errors import ShearingError
 from llmshearing.storage import open_weights
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -40,11 +41,17 @@ def identify(name: Path | str) -> dict[str, str]:
 
 
 def describe(name: Path | str) -> tuple[PretrainedConfig, str | None]:
-    """Config, and directory of the tokenizer, of a Hugging Face directory or name or a checkpoint."""
+    """Config, and directory of the tokenizer, of a Hugging Face directory or name or a checkpoint.
+
+    Raises:
+        ShearingError: it cannot be read, or is a checkpoint with masks.
+    """
     if not is_checkpoint(name):
         return read_config(name), str(name)
-    info = _checkpoint(name).info
-    return info.config, info.tokenizer
+    checkpoint = _checkpoint(name)
+    if checkpoint.masks:
+        raise ShearingError(f"teacher {name} still has its pruning masks; fold it first")
+    return checkpoint.info.config, checkpoint.info.tokenizer
 
 
 def _checkpoint(name: Path | str) -> Checkpoint:

@@ -44,16 +44,18 @@ def write_cache(output: Path, index: CacheIndex, streams: dict[str, MdsDirectory
     Raises:
         ShearingError: the output is something else, or cannot be written.
     """
-    begin(output, index)
-    parts = [(domain, number, size) for domain, number, size in index.parts()]
+    check_output(output, index)
+    parts = [*index.parts()]
     missing = [part for part in parts if not is_whole(output, index, *part)]
-    done = index.samples - sum(size for *_, size in missing)
-    if missing and done:
-        log.info("going on: %s of %s samples are there", f"{done:,}", f"{index.samples:,}")
-    with tqdm(total=index.samples, initial=done, desc="teacher", unit="sample") as bar:
-        give = ask() if missing else None
-        for part in missing:
-            if give is not None:
+    if missing:
+        give = ask()  # before anything is written: the teacher may turn out to be none
+        output.mkdir(parents=True, exist_ok=True)
+        write_index(output / REQUEST, index)
+        done = index.samples - sum(size for *_, size in missing)
+        if done:
+            log.info("going on: %s of %s samples are there", f"{done:,}", f"{index.samples:,}")
+        with tqdm(total=index.samples, initial=done, desc="teacher", unit="sample") as bar:
+            for part in missing:
                 _take(output, index, streams[part[0]], part, give, bar)
     if not all(is_whole(output, index, *part) for part in parts):
         return False
@@ -68,8 +70,8 @@ def is_whole(cache: Path, index: CacheIndex, domain: str, number: int, samples: 
     return file.is_file() and file.stat().st_size == samples * index.sample.itemsize
 
 
-def begin(output: Path, index: CacheIndex) -> None:
-    """Make the folder, or check that what lies there was begun by the same request."""
+def check_output(output: Path, index: CacheIndex) -> None:
+    """Refuse a folder that holds anything but what the same request has begun."""
     if output.exists() and not output.is_dir():
         raise ShearingError(f"output {output} is a file; give the name of a directory")
     if (output / REQUEST).is_file():
@@ -77,11 +79,8 @@ def begin(output: Path, index: CacheIndex) -> None:
         if differing := differences(there, index):
             said = "\n  ".join(differing)
             raise ShearingError(f"output {output} holds another cache; give another name, or delete it:\n  {said}")
-        return
-    if output.is_dir() and any(not item.name.startswith(".") for item in output.iterdir()):
+    elif output.is_dir() and any(not item.name.startswith(".") for item in output.iterdir()):
         raise ShearingError(f"output {output} exists with something else in it; give another name")
-    output.mkdir(parents=True, exist_ok=True)
-    write_index(output / REQUEST, index)
 
 
 def differences(there: CacheIndex, wanted: CacheIndex) -> list[str]:
@@ -124,7 +123,12 @@ def _batch(index: CacheIndex, stream: MdsDirectory, samples: Sequence[int], give
     """The bytes of some samples, [B]. The teacher is always given whole batches: their size can change a last bit."""
     rows = [stream[sample][0] for sample in samples]
     filled = np.stack(rows + [rows[-1]] * (index.batch - len(rows)))
-    records = index.codec.encode(_before_last(give(torch.from_numpy(filled)))).reshape(len(filled), -1)[: len(rows)]
+    targets = _before_last(give(torch.from_numpy(filled)))
+    if not targets.probs.isfinite().all():
+        raise ShearingError(
+            f"the teacher's logits for samples {samples[0]} to {samples[-1]} of {stream.path} are no numbers"
+        )
+    records = index.codec.encode(targets).reshape(len(filled), -1)[: len(rows)]
     made = np.zeros(len(rows), index.sample)
     made["records"] = records
     for i, row in enumerate(rows):

@@ -14,6 +14,7 @@ from helpers_cache import NAMES, SIZES, contents, write_data, write_domain, writ
 from helpers_runs import ROOT, SEQ, VOCAB
 from transformers import AutoModelForCausalLM
 
+from llmshearing.checkpoints.hf_read import hf_to_checkpoint
 from llmshearing.cli import main
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
@@ -183,6 +184,28 @@ def test_other_data_or_teachers_and_foreign_folders_are_not_written_over(place, 
     with pytest.raises(ShearingError, match="exists with something else in it"):
         cache_targets(str(place.teacher), place.data, tmp_path / "mine", **options)
     assert contents(output) == want and list((tmp_path / "mine").iterdir()) == [tmp_path / "mine" / "notes.txt"]
+
+
+def test_a_teacher_without_numbers_is_refused(place, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(place.teacher)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ShearingError, match="logits for samples 0 to 7 of .*code are no numbers"):
+        cache_targets(str(tmp_path / "nan"), place.data, tmp_path / "cache", split="train")
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_a_checkpoint_can_be_the_teacher(place, tmp_path):
+    """Its targets are those of the directory that it was made of."""
+    hf_to_checkpoint(place.teacher, tmp_path / "teacher.pt")
+    cache_targets(str(tmp_path / "teacher.pt"), place.data, tmp_path / "cache", split="train", batch=4)
+    kept = [
+        {name: value for name, value in contents(cache).items() if ".bin" in name}
+        for cache in (tmp_path / "cache", place.cache)
+    ]
+    assert kept[0] == kept[1]
+    assert identify(tmp_path / "teacher.pt")["weights"] == identify(place.teacher)["weights"]
 
 
 def test_sequences_of_two_lengths_are_refused(place, tmp_path):
