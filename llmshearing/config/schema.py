@@ -355,6 +355,10 @@ class Distill:
     """Of the cross-entropy with the data beside it."""
     temperature: float = number(1.0, low=0, above=True)
     """Both sides' logits are divided by it."""
+    top_k: int | None = count(None)
+    """Entries of the teacher's distribution that count, as a cache has them; null: all, or what the cache has."""
+    tail: str = choice("sampled", "sampled", "bucket")
+    """What stands for the others beside `top_k`. sampled: half of the entries are drawn; bucket: their mass alone."""
 
 
 @dataclass

@@ -94,7 +94,7 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
 
 
 def _teacher(model: PreTrainedModel, asked: Distill) -> Teacher:
-    return Teacher(model, asked.weight, asked.ce, asked.temperature)
+    return Teacher(model, asked.weight, asked.ce, asked.temperature, top_k=asked.top_k, tail=asked.tail)
 
 
 def _load(path: str) -> PreTrainedModel:

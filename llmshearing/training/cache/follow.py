@@ -56,7 +56,9 @@ def build_cached(cfg: Config, source: Source, data: MixtureDataset) -> CachedTea
     asked = cfg.distill or Distill()
     cache = TeacherCache(str(asked.cache))
     recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
-    wanted: dict[str, Any] = {"temperature": asked.temperature}
+    wanted: dict[str, Any] = {"temperature": asked.temperature, "top_k": asked.top_k}
+    if asked.top_k is not None:
+        wanted |= {"top_k": min(asked.top_k, cache.index.vocab_size), "tail": asked.tail}
     check_cache(cache, streams_of(data), source.config.vocab_size, cfg.tokenizer_name or recorded, wanted)
     if asked.teacher is not None:
         _on_first_rank(cache, asked.teacher)
