@@ -258,7 +258,9 @@ ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 @reads("distill", "model.l0_module", "model.path")
 def check_distillation(cfg: Config) -> Iterator[str]:
     """Somebody else to follow."""
-    if cfg.distill is not None and cfg.model.l0_module is None and cfg.distill.teacher in (None, cfg.model.path):
+    if cfg.distill is None or cfg.model.l0_module is not None:
+        return
+    if cfg.distill.teacher == cfg.model.path or (cfg.distill.teacher is None and cfg.distill.cache is None):
         yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name another model"
 
 

@@ -353,12 +353,19 @@ class Distill:
 
     teacher: str | None = None
     """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
+    cache: str | None = None
+    """Directory that `llmshearing distill cache` wrote on this run's training split, in place of a live teacher. With
+    `teacher` too it must be that teacher's."""
     weight: float = number(1.0, low=0, above=True)
     """Of the forward KL divergence from the teacher, nats a token."""
     ce: float = number(0.0, low=0)
     """Of the cross-entropy with the data beside it."""
     temperature: float = number(1.0, low=0, above=True)
     """Both sides' logits are divided by it."""
+    top_k: int | None = count(None)
+    """Entries of the teacher's distribution that count, as a cache has them; null: all, or what the cache has."""
+    tail: str = choice("sampled", "sampled", "bucket")
+    """What stands for the others beside `top_k`. sampled: half of the entries are drawn; bucket: their mass alone."""
 
 
 @dataclass

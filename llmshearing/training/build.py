@@ -13,9 +13,11 @@ from composer.utils import dist
 
 from llmshearing.config import Config, to_yaml
 from llmshearing.data.mds.manifest import check_tokenizer
+from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
 from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
 from llmshearing.training.callbacks.gradients import Gradients
@@ -34,6 +36,7 @@ from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.watch import Watch
 from llmshearing.training.source import Source, build_masks, load_model, mask_info
 from llmshearing.training.start import start_masks
+from llmshearing.training.targets import Guide
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +169,12 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
     return train, evaluation
 
 
+def build_guide(cfg: Config, source: Source, data: MixtureDataset) -> Guide | None:
+    """What training follows beside the data: a teacher's cache, a live teacher, or None."""
+    cached = cfg.distill is not None and cfg.distill.cache is not None
+    return build_cached(cfg, source, data) if cached else build_teacher(cfg, source)
+
+
 def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     """Options that Composer's Trainer takes as they are."""
     passed = (
@@ -201,7 +210,7 @@ def build_trainer(
         eval_target_model=l0.eval_target_model if l0 else False,
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
-        teacher=build_teacher(cfg, source),
+        teacher=build_guide(cfg, source, train.dataloader.dataset),
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
