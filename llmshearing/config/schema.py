@@ -100,7 +100,7 @@ class L0Module:
 
 @dataclass
 class Turn:
-    """Hidden units turned into directions by energy, as the first thing of a run: the same function (docs/onerun.md)."""
+    """Hidden units turned into directions by energy before anything else: the same function (docs/onerun.md)."""
 
     samples: int = count(128)
     """Sequences of the training split that the directions are found by."""

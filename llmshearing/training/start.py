@@ -137,7 +137,9 @@ def counts_energy(cfg: Config, masks: L0Masks) -> bool:
         return False
     able = bool(energy_norms(masks.table))
     if l0.norms == "energy" and not able:
-        raise ShearingError(f"model.l0_module.norms = energy: norms of the {masks.table.family} family subtract the mean")
+        raise ShearingError(
+            f"model.l0_module.norms = energy: norms of the {masks.table.family} family subtract the mean"
+        )
     return able and (l0.norms == "energy" or cfg.model.turn is not None or l0.start != OPEN)
 
 
@@ -158,7 +160,7 @@ def _chosen(
 
 
 def choose(name: str, source: Source, cfg: Config, data: MixtureDataset, device: str, samples: int) -> Choice:
-    """What a one-shot method would keep, with the norms' energy. It works on a copy of the source, which some change."""
+    """What a one-shot method would keep, with the norms' energy, found on a copy of the source, which some change."""
     method, table = METHODS[name], source.table
     wanted = _wanted(source)
     target = resolve_target(wanted, table, method)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import Callback
 from composer.utils import dist, format_name_with_dist
 from torch import Tensor
@@ -47,9 +46,7 @@ class TurnedBasis(Callback):
         """Nothing to do: the source was turned by it before the model was built."""
 
 
-def turned(
-    source: Source, cfg: Config, data: MixtureDataset, device: str, found: Path | None
-) -> Source:
+def turned(source: Source, cfg: Config, data: MixtureDataset, device: str, found: Path | None) -> Source:
     """The source with the basis that this run turns it into; without ``model.turn`` as it is.
 
     Args:

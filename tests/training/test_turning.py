@@ -14,9 +14,9 @@ from llmshearing.checkpoints.folding import fold_checkpoint, prune_and_save_mode
 from llmshearing.config import load_config
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.fold.gating import attach
-from llmshearing.fold.fold import fold, folded_config
 from llmshearing.families.nonuniform.config import config_of
+from llmshearing.fold.fold import fold, folded_config
+from llmshearing.fold.gating import attach
 from llmshearing.masks.l0 import L0Masks, energy_norms
 from llmshearing.prune.calibration import SequenceOptions
 from llmshearing.prune.run import prune
@@ -88,7 +88,8 @@ def test_the_source_is_turned_once_and_resumes_to_the_same_bits(lab, tmp_path, m
     ids = torch.arange(20).view(2, 10)
     model, own = build_teacher(cfg, source).model, AutoModelForCausalLM.from_pretrained(lab.source)
     assert (model(ids).logits - own(ids).logits).abs().max() < 1e-4
-    assert (model.model.norm.weight == 1).all() and (own.model.embed_tokens.weight - model.model.embed_tokens.weight).abs().max() > 0.1
+    moved = own.model.embed_tokens.weight - model.model.embed_tokens.weight
+    assert (model.model.norm.weight == 1).all() and moved.abs().max() > 0.1
 
     # and the checkpoint's fold counts energy as the run did
     folded, _, selection = fold_checkpoint(one)
@@ -154,7 +155,9 @@ def test_all_that_stands_against_turning_comes_at_once(lab, tmp_path):
         read_source(cfg)
     text = str(error.value)
     assert "n_layers = 9 is larger" in text and "Say model.turn.untie=true" in text and "Say --untie" not in text
-    assert "model.turn.samples = 1 of max_seq_len = 16: 16 tokens cannot tell 32 directions apart; give at least 2" in text
+    assert (
+        "model.turn.samples = 1 of max_seq_len = 16: 16 tokens cannot tell 32 directions apart; give at least 2" in text
+    )
 
 
 def test_layer_norms_are_refused(lab, tmp_path):
