@@ -21,7 +21,7 @@ from llmshearing.checkpoints.output import check_file
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
-from llmshearing.fold.selection import Selection, save_selection
+from llmshearing.fold.selection import Selection, choice_of, save_selection
 from llmshearing.masks.l0 import final_selection
 from llmshearing.storage import LazyTensor, LazyTensors
 
@@ -29,15 +29,18 @@ log = logging.getLogger(__name__)
 
 
 def fold_checkpoint(
-    checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False
+    checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False, choice_only: bool = False
 ) -> tuple[LazyTensors, CheckpointInfo, Selection]:
     """Weights of the compact model, each folded on access; its description; and the selection that makes it.
+
+    choice_only: cut only; leave the gates out.
 
     Raises:
         ShearingError: no masks, or masks that fold to no uniform model.
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
+    selection = choice_of(selection) if choice_only else selection
     makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
     config = folded_config(checkpoint.info.hf_config, masks.table, selection)
     shape = folded_shape(masks.table, selection)

@@ -71,8 +71,9 @@ class L0Module:
     start_sparsity: float = number(0.0, low=0, high=1)
     """Sparsity the warm-up starts from, 0 to 1."""
     lagrangian_warmup_steps: str | None = time(None)
-    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: 0.2dur;
-    with an informed start 0ba, since a row that is to be open first forgets what it was told."""
+    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: a fifth
+    of the run (with fold_at: of the time to it); with an informed start 0ba, since a row that is to be open first
+    forgets what it was told."""
     start: str = OPEN
     """Where the masks start (docs/masks.md). open: all units open; a method of `llmshearing.prune`, such as activation:
     it chooses once, before training; or the path of a selection.safetensors."""
@@ -89,6 +90,9 @@ class L0Module:
     norms: str = choice("auto", "auto", "units", "energy")
     """What RMSNorms count of the hidden units that are open. units: their number; energy: the energy that they carried
     in the source, measured at the start; auto: energy with model.turn and with an informed start, else units."""
+    fold_at: str | None = time(None)
+    """When the run folds itself and goes on at the compact size (docs/onerun.md), such as 640ba. 0ba with an informed
+    start: choose once, cut, train the compact model. null: the masks stay to the end, and a command folds them."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)

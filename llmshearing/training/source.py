@@ -50,6 +50,8 @@ class Source:
     """Config of the stored weights, where turning them parts a head from its embedding; None: ``config``."""
     basis: Tensor | None = None
     """What hidden units are turned by whenever the weights are loaded; None: nothing."""
+    same_run: bool = False
+    """Whether ``checkpoint`` is of the very run that trains this, which has folded itself."""
 
     @property
     def stored_table(self) -> Table:
