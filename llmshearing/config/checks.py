@@ -248,8 +248,12 @@ ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 
 @reads("distill", "model.l0_module", "model.path")
 def check_distillation(cfg: Config) -> Iterator[str]:
-    """Somebody else to follow."""
-    if cfg.distill is None or cfg.model.l0_module is not None:
+    """Somebody else to follow, who can tell what is asked."""
+    if cfg.distill is None:
+        return
+    if cfg.distill.cache is not None and (hidden := getattr(cfg.distill, "hidden", None)):
+        yield f"distill.hidden = {hidden} beside distill.cache: hidden states are in no cache; leave one of them out"
+    if cfg.model.l0_module is not None:
         return
     if cfg.distill.teacher == cfg.model.path or (cfg.distill.teacher is None and cfg.distill.cache is None):
         yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name another model"

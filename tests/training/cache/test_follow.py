@@ -9,7 +9,8 @@ from helpers_layouts import Job, execute, on_ranks
 from helpers_runs import SEQ, VOCAB, make_model, write_yaml
 from transformers import AutoModelForCausalLM
 
-from llmshearing.config import ConfigError, load_config
+from llmshearing.config import load_config
+from llmshearing.config.checks import check_distillation
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 from llmshearing.train import train
@@ -20,6 +21,7 @@ from llmshearing.training.cache.read import TeacherCache
 from llmshearing.training.distillation import Teacher
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.source import read_source
+from llmshearing.training.targets import View
 
 
 @pytest.mark.parametrize(("top_k", "tail"), [(32, "sampled"), (7, "bucket"), (VOCAB, "bucket"), (VOCAB, "sampled")])
@@ -163,8 +165,13 @@ def test_other_settings_than_the_cache_has_are_refused(place, tmp_path):
 
 
 def test_hidden_states_need_a_live_teacher(place, tmp_path):
-    with pytest.raises(ConfigError, match="distill.hidden = .*distill.cache"):
-        build(place, tmp_path, cache=str(place.cache), hidden=1.0)
+    cfg = load_config(write_yaml(tmp_path / "run.yaml", run_settings(place.data, place.source, None, cache="a")))
+    assert not list(check_distillation(cfg))
+    cfg.distill.hidden = 1.0
+    assert [problem for problem in check_distillation(cfg) if "distill.hidden = 1.0 beside distill.cache" in problem]
+    guide, view = CachedTeacher(TeacherCache(place.cache), NAMES), View((0,))
+    with pytest.raises(ShearingError, match="no hidden states in a teacher's cache"):
+        guide.ask({"set": torch.tensor([0])}, view)
 
 
 def test_a_plain_split_is_one_folder(place, tmp_path):
