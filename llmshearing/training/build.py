@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
 from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
 from llmshearing.training.callbacks.gradients import Gradients
+from llmshearing.training.callbacks.hidden import HiddenWeight
 from llmshearing.training.callbacks.losses import LossMonitor
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
+from llmshearing.training.devices import has_bfloat16
 from llmshearing.training.distillation import build_teacher
 from llmshearing.training.distributed import fsdp2
+from llmshearing.training.groups import build_optimizer, optimizer_groups
 from llmshearing.training.model import ShearingModel
-from llmshearing.training.optimizer import FusedDecoupledAdamW
-from llmshearing.training.rates import build_rates, mask_groups
+from llmshearing.training.rates import build_rates
 from llmshearing.training.resilience.build import build_safety
 from llmshearing.training.resilience.resume import plain_data_only, prepare
 from llmshearing.training.resilience.signals import StopRequest
@@ -59,19 +60,6 @@ LOGGERS = {
 }
 
 
-def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config) -> list[dict[str, Any]]:
-    """Weights, masks and multipliers; only weights decay. The multipliers' ascent stands in the objective."""
-    groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
-    return groups if masks is None else [*groups, *mask_groups(masks, cfg)]
-
-
-def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
-    """AdamW over the groups."""
-    o = cfg.optimizer
-    kinds: dict[str, Any] = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
-    return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-
-
 def build_scheduler(cfg: Config) -> Any:
     """Composer's scheduler of that name."""
     s = cfg.scheduler
@@ -91,7 +79,9 @@ def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
     return chosen
 
 
-def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any]) -> list[Callback]:
+def build_callbacks(
+    cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any], guide: Guide | None = None
+) -> list[Callback]:
     """Ours, then Composer's monitors."""
     d = cfg.callbacks.data_loading
     folder = Path(cfg.save_folder) if cfg.save_folder else None
@@ -100,6 +90,8 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
     ours.append(LossMonitor(names, folder / "evaluations.jsonl" if folder else None))
     if masks is not None and l0 is not None:
         ours.append(PruningCallback(masks, l0.eval_target_model, folder / "gates" if folder else None))
+    if guide is not None and guide.hidden is not None:
+        ours.append(HiddenWeight(guide.hidden))
     ours.append(
         DynamicLoadingCallback(
             dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
@@ -120,8 +112,7 @@ def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
     """dtype of CPU autocast: bfloat16 where it is asked for and the processor has instructions for it."""
     if device != "cpu" or cfg.precision != "amp_bf16":
         return None
-    flags = Path("/proc/cpuinfo")
-    if flags.is_file() and not any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16")):
+    if not has_bfloat16(device):
         log.warning("precision amp_bf16: this processor has no bfloat16 arithmetic; training in fp32")
         return None
     return torch.bfloat16
@@ -217,6 +208,7 @@ def build_trainer(
     if masks is not None:
         start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
     hf_model = load_model(source, cfg)
+    guide = build_guide(cfg, source, train.dataloader.dataset)
     model = ShearingModel(
         hf_model,
         masks,
@@ -224,7 +216,7 @@ def build_trainer(
         eval_target_model=l0.eval_target_model if l0 else False,
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
-        teacher=build_guide(cfg, source, train.dataloader.dataset),
+        teacher=guide,
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
@@ -235,10 +227,10 @@ def build_trainer(
             model=model,
             train_dataloader=train,
             eval_dataloader=evaluation,
-            optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
+            optimizers=build_optimizer(optimizer_groups(hf_model, source.table, masks, cfg), cfg),
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
-            callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],
+            callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *safety],
             loggers=build_loggers(cfg),
             device=device,
             **trainer_options(cfg, device),

@@ -1,5 +1,6 @@
 """Runs that follow a cache: the bits of a live teacher, under any mixture, number of ranks and resume."""
 
+import json
 import shutil
 
 import pytest
@@ -9,8 +10,7 @@ from helpers_layouts import Job, execute, on_ranks
 from helpers_runs import SEQ, VOCAB, make_model, write_yaml
 from transformers import AutoModelForCausalLM
 
-from llmshearing.config import load_config
-from llmshearing.config.checks import check_distillation
+from llmshearing.config import ConfigError, load_config
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 from llmshearing.train import train
@@ -153,7 +153,12 @@ def test_a_cache_of_another_vocabulary_is_refused(place, tmp_path):
     refused(place, tmp_path, f"its teacher has vocab_size {VOCAB}, the model has {VOCAB + 16}", source=small)
     other = write_teacher(tmp_path / "tokens")
     file = other / "tokenizer.json"
-    file.write_text(file.read_text() + "\n")
+    file.write_text(file.read_text() + "\n")  # the same tokens, written again
+    build(place, tmp_path, cache=str(place.cache), source=other)
+    said = json.loads(file.read_text())
+    vocab = said["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(said))
     refused(place, tmp_path, "its teacher has another tokenizer.json than", source=other)
 
 
@@ -165,10 +170,8 @@ def test_other_settings_than_the_cache_has_are_refused(place, tmp_path):
 
 
 def test_hidden_states_need_a_live_teacher(place, tmp_path):
-    cfg = load_config(write_yaml(tmp_path / "run.yaml", run_settings(place.data, place.source, None, cache="a")))
-    assert not list(check_distillation(cfg))
-    cfg.distill.hidden = 1.0
-    assert [problem for problem in check_distillation(cfg) if "distill.hidden = 1.0 beside distill.cache" in problem]
+    with pytest.raises(ConfigError, match="distill.hidden = 1.0 beside distill.cache: a cache has no hidden states"):
+        build(place, tmp_path, cache=str(place.cache), hidden=1.0)
     guide, view = CachedTeacher(TeacherCache(place.cache), NAMES), View((0,))
     with pytest.raises(ShearingError, match="no hidden states in a teacher's cache"):
         guide.ask({"set": torch.tensor([0])}, view)
