@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from math import isclose
 
-from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
+from llmshearing.config.schema import MUON, Config, DataLoading, L0Module, Loader, Optimizer
 from llmshearing.config.shapes import FACTS, Shape, source_problems, source_shape, target_shape
 from llmshearing.config.values import AUTO, parse_time
 from llmshearing.families.names import BLOCK_MASKS, BLOCKS, LAYERS, MASK_OF_SIZE, YAML_KEYS
@@ -175,6 +175,15 @@ def check_auto_rate(cfg: Config) -> Iterator[str]:
     for name, text in times.items():
         if not text.endswith("dur") and steps_of(cfg, text) is None:
             yield f"{key} = {AUTO} with {name} = {text}: it needs a time in ba, sp or tok, or a number as the rate"
+
+
+@reads("optimizer")
+def check_muon(cfg: Config) -> Iterator[str]:
+    """Keys of one optimizer are not given to another."""
+    for key in ("muon_lr", "muon_momentum"):
+        value = getattr(cfg.optimizer, key)
+        if value != getattr(Optimizer, key) and cfg.optimizer.name != MUON:
+            yield f"optimizer.{key} = {value} with optimizer.name = {cfg.optimizer.name}: only {MUON} reads it"
 
 
 @reads("max_duration")

@@ -174,7 +174,7 @@ def test_multipliers_ascend_while_masks_and_weights_descend(lab, tmp_path, name)
     # the true gradient of the objective, without the turn that makes multipliers ascend
     objective = twin(batch)["sample_loss"].mean() + twin.masks.penalty(ascending=False)
     objective.backward()
-    groups = optimizer_groups(shearing.model, shearing.masks, cfg)
+    groups = optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg)
     assert [group["name"] for group in groups] == ["weights", "masks", "multipliers"]
     optimizer = build_optimizer(groups, cfg)
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -192,25 +192,25 @@ def test_multipliers_ascend_while_masks_and_weights_descend(lab, tmp_path, name)
         assert clear.any(), key
 
 
-@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
+@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw", "muon"])
 def test_only_weights_decay(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name, optimizer__weight_decay=0.1)
     shearing = gated()
-    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks, cfg), cfg)
+    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg), cfg)
     before = copy.deepcopy(shearing.state_dict())
     for parameter in shearing.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    share = 1 - (0.1 if name == "decoupled_adamw" else 0.1 * 1e-3)  # Composer's decay does not scale with the rate
+    share = 1 - (0.1 * 1e-3 if name == "adamw" else 0.1)  # Composer's decay does not scale with the rate
     for key, value in shearing.state_dict().items():
         torch.testing.assert_close(value, before[key] * (share if key.startswith("model.") else 1.0))
 
 
-@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
+@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw", "muon"])
 def test_closed_layers_survive_many_steps(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name)
     shearing = gated()
-    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks, cfg), cfg)
+    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg), cfg)
     with torch.no_grad():
         shearing.masks.log_alpha["layer"].copy_(torch.tensor([4.5, -4.5, 4.5]))
     batch = {"input_ids": torch.randint(384, (2, 16))}
