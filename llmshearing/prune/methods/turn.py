@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection
+from llmshearing.fold.tie import ends_of, tying_rotation
 from llmshearing.fold.turn import check_tied, check_turnable, stream_norms, turn
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_covariance
@@ -32,17 +33,24 @@ def choose(
     calibration: Calibration | None,
     *,
     untie: bool = False,
+    tie_at: int | None = None,
     drop_layers: None = None,
 ) -> Choice:
     """Turn ``model`` in place; nothing is cut.
 
+    Args:
+        untie: give a tied head a tensor of its own. tie_at: hidden units that will be kept; they are rotated among
+            themselves so that the method ``tie`` then loses least.
+
     Raises:
-        ShearingError: see :func:`llmshearing.fold.turn.turn`; or there are fewer calibration tokens than hidden units,
-            whose directions they then cannot tell.
+        ShearingError: see :func:`llmshearing.fold.turn.turn`; there are fewer calibration tokens than hidden units,
+            whose directions they then cannot tell; or ``tie_at`` is no number of hidden units.
     """
     check_turnable(table)
     check_tied(table, untie)
     basis, energy = principal_basis(model, table, calibration)
+    if tie_at is not None:
+        basis[:, :tie_at] @= _tying(model, table, basis, tie_at)
     turn_model(model, table, basis, untie=untie)
     config = {"tie_word_embeddings": False} if untie and any(spec.alias for spec in table.tensors) else {}
     half = energy[: len(energy) // 2].sum() / energy.sum()
@@ -68,6 +76,19 @@ def principal_basis(model: PreTrainedModel, table: Table, calibration: Calibrati
 
 
 @torch.no_grad()
+def _tying(model: PreTrainedModel, table: Table, basis: Tensor, width: int) -> Tensor:
+    """Rotation [width, width] of the first columns of Q."""
+    if not 1 <= width <= len(basis):
+        raise ShearingError(f"--tie_at {width}: a number of hidden units to keep, 1 to {len(basis)}")
+    embedding, norm, head = ends_of(table)
+    weights = model.state_dict()
+    factor = weights[norm.name].double().cpu() + norm.module.offset
+    kept = basis[:, :width]
+    wide, last = (weights[spec.name].double().cpu() for spec in (embedding, head))
+    return tying_rotation(wide @ kept, (last * factor) @ kept)
+
+
+@torch.no_grad()
 def turn_model(model: PreTrainedModel, table: Table, basis: Tensor, *, untie: bool = False) -> None:
     """Turn a transformers model in place; a tied one gets a head of its own where ``untie``."""
     turned = turn({name: value.cpu() for name, value in model.state_dict().items()}, table, basis, untie=untie)
@@ -89,6 +110,9 @@ def is_turned(model: nn.Module, table: Table) -> bool:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--untie", action="store_true", help="give a head that is the embedding a tensor of its own")
+    parser.add_argument(
+        "--tie_at", type=int, metavar="WIDTH", help="hidden units that will be kept, for the method tie to follow"
+    )
 
 
 METHOD = Method(
