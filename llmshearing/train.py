@@ -75,8 +75,9 @@ def train(cfg: Config) -> Trainer:
             trainer, last = _stage(cfg, source, device, request)
             if last is None:
                 return trainer
-            del trainer
-            cfg, folded = after_fold(cfg, last)
+            data = trainer.state.train_dataloader.dataset
+            del trainer  # its memory is free before another is built
+            cfg, folded = after_fold(cfg, source, last, data, device)
         else:
             cfg = without_masks(cfg)
         return _stage(cfg, source, device, request, folded)[0]

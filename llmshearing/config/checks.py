@@ -307,6 +307,8 @@ def check_masks(cfg: Config) -> Iterator[str]:
 def check_fold(cfg: Config) -> Iterator[str]:
     """A run that folds itself: after the warm-up, before its end, to a shape that is told, with a file in between."""
     l0 = cfg.model.l0_module
+    if l0 is not None and l0.fold_at is None and l0.refit:
+        yield f"model.l0_module.refit = true without {FOLD_AT}: it fits what is left after the fold"
     if l0 is None or l0.fold_at is None:
         return
     given = f"{FOLD_AT} = {l0.fold_at}"

@@ -93,6 +93,13 @@ class L0Module:
     fold_at: str | None = time(None)
     """When the run folds itself and goes on at the compact size (docs/onerun.md), such as 640ba. 0ba with an informed
     start: choose once, cut, train the compact model. null: the masks stay to the end, and a command folds them."""
+    refit: bool = False
+    """At fold_at take the choice alone: cut the run's source by it, and fit what stays to the source in closed form
+    (docs/pruners.md). Training of the weights up to there then only served the choice."""
+    refit_samples: int = count(128, low=2)
+    """Sequences of the training split that are fitted to."""
+    refit_ridge: float = number(0.1, low=0, above=True)
+    """Ridge of the fit, a share of the mean square of what a tensor reads."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)

@@ -34,7 +34,7 @@ from llmshearing.training.source import Source
 log = logging.getLogger(__name__)
 
 FOLDED = "FoldedInRun"  # in checkpoints: the state of the callback that keeps the selection
-Refitting = Callable[[dict[str, Tensor], CheckpointInfo, Selection], dict[str, Tensor]]
+Refitting = Callable[[CheckpointInfo, Selection], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def hand_over(path: Path, target: Path, cfg: Config, refitting: Refitting | None
 
     Args:
         path: one file, with masks and the state of training. target: is replaced.
-        refitting: (source's weights cut by the choice alone, description, selection) -> better ones; the optimizer then
+        refitting: (description of the compact model, choice) -> its weights, out of the source's; the optimizer then
             begins anew, as it also does before the first batch, when nothing but the choice is known.
 
     Raises:
@@ -71,8 +71,8 @@ def hand_over(path: Path, target: Path, cfg: Config, refitting: Refitting | None
     weights, info, selection = fold_checkpoint(checkpoint, choice_only=fresh)
     parts: Mapping[str, Tensor] = weights
     if refitting is not None:
-        parts = refitting(dict(weights.items()), info, selection)
-        info = info.then("refitted to the source")
+        parts = refitting(info, selection)
+        info = info.then("took the choice alone, cut the source by it and refitted it to the source")
     if fresh:
         info = replace(info, evaluation=None)  # which was of a model with gates
     kind, saved = next(iter(state["optimizers"].items()))

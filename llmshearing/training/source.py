@@ -31,6 +31,7 @@ from llmshearing.fold.fold import config_of_shape
 from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.prune.methods.turn import turn_model
+from llmshearing.prune.refit import check_refittable
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
 
@@ -82,7 +83,7 @@ def read_source(cfg: Config) -> Source:
     table = table_for(hf_config)
     shape = complete(table.sizes())
     problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
-    if problems := [*problems, *turn_problems(cfg.model.turn, table, cfg.max_seq_len)]:
+    if problems := [*problems, *turn_problems(cfg.model.turn, table, cfg.max_seq_len), *refit_problems(cfg, table)]:
         raise ShearingError("\n".join(problems))
     stored = None
     if cfg.model.turn is not None and any(spec.alias for spec in table.tensors):
@@ -185,6 +186,16 @@ def turn_problems(turn: Turn | None, table: Table, max_seq_len: int) -> Iterator
             f"{key}.samples = {turn.samples} of max_seq_len = {max_seq_len}: {tokens:,} tokens cannot tell {size:,} "
             f"directions apart; give at least {-(-size // max_seq_len)}"
         )
+
+
+def refit_problems(cfg: Config, table: Table) -> Iterator[str]:
+    """What keeps a compact model of this table from being refitted."""
+    if cfg.model.l0_module is None or not cfg.model.l0_module.refit:
+        return
+    try:
+        check_refittable(table)
+    except ShearingError as error:
+        yield f"model.l0_module.refit: {error}"
 
 
 def _untied(config: PretrainedConfig) -> PretrainedConfig:

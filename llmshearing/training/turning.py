@@ -62,7 +62,7 @@ def turned(source: Source, cfg: Config, data: MixtureDataset, device: str, found
     if dist.get_global_rank() == 0:
         try:
             path = found or _given(cfg)
-            answer[0] = _saved(path) if path is not None else _computed(cfg.model.turn, source, cfg, data, device)
+            answer[0] = saved_basis(path) if path is not None else _computed(cfg.model.turn, source, cfg, data, device)
         except ShearingError as error:
             answer[1] = f"{KEY}: {error}"
     dist.broadcast_object_list(answer, src=0)
@@ -79,7 +79,12 @@ def _given(cfg: Config) -> Path | None:
     return Path(format_name_with_dist(cfg.load_path, cfg.run_name or ""))
 
 
-def _saved(path: Path) -> Tensor:
+def saved_basis(path: Path) -> Tensor:
+    """The basis in a run's checkpoint, float64 [d, d].
+
+    Raises:
+        ShearingError: the run did not turn its source.
+    """
     entry = open_archive(path).subtree("state", "callbacks", STATE)
     if not isinstance(entry, dict) or "basis" not in entry:
         raise ShearingError(f"{path} is of a run that did not turn its source: leave {KEY} out, or begin a new run")
