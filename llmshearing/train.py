@@ -115,11 +115,11 @@ def fit(trainer: Trainer, cfg: Config) -> None:
         log.info("the run in %s has ended already: nothing to do", cfg.save_folder)
         return
     interrupted = any(isinstance(each, StopOnSignal) and each.evaluate for each in trainer.state.callbacks)
-    if interrupted or (cfg.eval_first and not begun):
+    due = [each for each in trainer.state.callbacks if isinstance(each, FoldAt) and each.due(trainer.state)]
+    if interrupted or (cfg.eval_first and not begun and not due):
         trainer.eval()
-    for each in trainer.state.callbacks:
-        if isinstance(each, FoldAt) and each.due(trainer.state):
-            each.end(trainer.state, trainer.logger, anew=interrupted)
+    for each in due:
+        each.end(trainer.state, trainer.logger, anew=interrupted)
     restore_random(trainer)
     trainer.fit()
     wrote = f"wrote {_latest(cfg)}" if cfg.save_folder else "no save_folder: nothing written"

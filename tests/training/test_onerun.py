@@ -17,8 +17,10 @@ from llmshearing.config import load_config
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.fold.fold import fold, renamed, resolve
+from llmshearing.fold.selection import load_selection
 from llmshearing.masks.l0 import L0Masks, energy_norms
-from llmshearing.prune.calibration import SequenceOptions
+from llmshearing.prune.calibration import Calibration, SequenceOptions, spread
+from llmshearing.prune.refit import refit
 from llmshearing.prune.run import prune
 from llmshearing.storage import write_torch_file
 from llmshearing.train import train
@@ -114,7 +116,7 @@ def test_at_the_start_it_is_a_pruner_and_a_run(lab, tmp_path):
     sequences = SequenceOptions(samples=6, report_samples=2, batch_size=4)
     shape = {key: size for key, size in TARGET_HF.items() if key not in ("head_dim", "vocab_size")}
     prune("fisher", lab.source, tmp_path / "cut", shape, calibration=lab.data, sequences=sequences)
-    second = {"model__l0_module": None, "model__path": str(tmp_path / "cut"), "max_duration": "4ba"}
+    second = {"model__l0_module": None, "model__path": str(tmp_path / "cut"), "max_duration": "4ba", "eval_first": True}
     train(configured(lab, tmp_path / "two", **second))
     same_weights(tmp_path / "one" / "run", tmp_path / "two" / "run", rtol=1e-3, atol=1e-5)
     one, two = (
@@ -216,6 +218,27 @@ def test_moments_are_gradients_of_the_compact_model(family):
         torch.testing.assert_close(cut_moment(moment**2, cuts[name], 2), theirs[new] ** 2, rtol=1e-9, atol=1e-12)
 
 
+def test_the_choice_alone_refitted(lab, tmp_path):
+    """The source cut by what the masks chose and fitted to the source, whatever the weights learned until then."""
+    more = {f"{L0}refit": True, f"{L0}refit_samples": 12, "max_duration": "5ba", "optimizer__lr": 0.05}
+    trainer = train(configured(lab, tmp_path, **{**FOLD, **more}))
+    run = tmp_path / "run"
+    selection, _ = load_selection(run / "pruned-ep0-ba4-rank0.selection.safetensors")
+    assert all(units.gate is None for rows in selection.units.values() for units in rows)
+    source = AutoModelForCausalLM.from_pretrained(lab.source).eval()
+    compact = AutoModelForCausalLM.from_config(read_checkpoint(run).info.config).eval()
+    cut = fold(source.state_dict(), table_for(source.config), selection)
+    compact.load_state_dict(cut)
+    ids = spread(trainer.state.train_dataloader.dataset.streams, 12)
+    assert refit(source, compact, table_for(source.config), selection, Calibration(ids, ids, "a", "b", 4)).kept
+    state = load_plain(run / "pruned-ep0-ba4-rank0.pt")["state"]
+    for name, value in compact.state_dict().items():
+        torch.testing.assert_close(state["model"][f"model.{name}"], value, rtol=1e-3, atol=1e-4)
+    assert any((value - cut[name]).abs().max() > 1e-3 for name, value in compact.state_dict().items())
+    [optimizer] = state["optimizers"].values()
+    assert all(not value.any() for entry in optimizer["state"].values() for value in entry.values())
+
+
 # What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +255,12 @@ def test_all_that_stands_against_it_comes_at_once(lab, tmp_path):
         "missing key save_folder: model.l0_module.fold_at",
     ):
         assert part in text, part
+
+
+def test_refit_is_of_the_fold(lab, tmp_path):
+    made = settings(lab, tmp_path, **{f"{L0}refit": True})
+    with pytest.raises(ShearingError, match=r"refit = true without model\.l0_module\.fold_at"):
+        load_config(write_yaml(tmp_path / "run.yaml", made), [])
 
 
 def test_nothing_is_chosen_at_the_start(lab, tmp_path):
