@@ -21,6 +21,7 @@ from textwrap import indent
 from typing import Any
 
 from llmshearing.errors import ShearingError
+from llmshearing.progress import AboveTheLine
 
 log = logging.getLogger("llmshearing")
 
@@ -42,7 +43,7 @@ def run(
         level: of the log. form: of its lines. Both count only where the program has set up no log yet.
         expected: errors that become one line and their ``exit_code`` (without one: 1); others keep their traceback.
     """
-    logging.basicConfig(level=level, format=form, stream=sys.stderr)
+    logging.basicConfig(level=level, format=form, handlers=[AboveTheLine(sys.stderr)])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
     try:
         code = command()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llmshearing.checkpoints.arguments import check_facts
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
@@ -23,6 +22,7 @@ from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
 from llmshearing.fold.selection import Selection, save_selection
 from llmshearing.masks.l0 import final_selection
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors
 
 log = logging.getLogger(__name__)
