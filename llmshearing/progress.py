@@ -36,8 +36,10 @@ class tqdm(_tqdm):
         self.told = 0
         """Plain lines so far."""
         self.interval, self.last = interval(), time.monotonic()
-        if self.plain:  # ncols 0: numbers without a drawn bar
+        if self.plain:
+            # ncols 0: numbers without a drawn bar. miniters 1: the time is looked at after each item, else lines lag.
             options |= {"ncols": 0, "dynamic_ncols": False, "mininterval": self.interval, "maxinterval": self.interval}
+            options["miniters"] = 1
         super().__init__(*given, **options)
 
     def refresh(self, *given: Any, **options: Any) -> Any:
@@ -63,7 +65,7 @@ class tqdm(_tqdm):
         if self.told:
             self._tell()
         self.disable = True
-        self._decr_instances(self)
+        self._decr_instances(self)  # type: ignore[attr-defined]
         return None
 
     def _tell(self) -> None:
