@@ -21,7 +21,6 @@ from textwrap import indent
 from typing import Any
 
 from llmshearing.errors import ShearingError
-from llmshearing.progress import AboveTheLine
 
 log = logging.getLogger("llmshearing")
 
@@ -43,6 +42,8 @@ def run(
         level: of the log. form: of its lines. Both count only where the program has set up no log yet.
         expected: errors that become one line and their ``exit_code`` (without one: 1); others keep their traceback.
     """
+    from llmshearing.progress import AboveTheLine  # brings tqdm, which help does without
+
     logging.basicConfig(level=level, format=form, handlers=[AboveTheLine(sys.stderr)])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
     try:

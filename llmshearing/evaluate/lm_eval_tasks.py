@@ -28,6 +28,7 @@ from llmshearing.progress import tqdm
 FOLDER = Path(__file__).parent / "tasks"
 NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target", "metric_list")
 SPLITS = ("test_split", "validation_split")
+WITH_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 BOOTSTRAPS = 1000
 """Draws for standard errors that have no closed form."""
 
@@ -189,7 +190,7 @@ def _lm_eval() -> Iterator[Any]:
     datasets = need("datasets")
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    modules = [import_module(name) for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
+    modules = [import_module(name) for name in WITH_BARS]
     theirs = [module.tqdm for module in modules]
     for module in modules:
         module.tqdm = tqdm  # type: ignore[attr-defined]

@@ -24,7 +24,9 @@ N = 24
 QUERIES = [words(i, 3 + i % 4) for i in range(N)]
 CHOICES = [[words(5 * i + j, 1 + (i + j) % 3) for j in range(2 + i % 3)] for i in range(N)]
 ITEMS = {
-    "choices": [{"query": q, "choices": c, "gold": i % len(c)} for i, (q, c) in enumerate(zip(QUERIES, CHOICES))],
+    "choices": [
+        {"query": q, "choices": c, "gold": i % len(c)} for i, (q, c) in enumerate(zip(QUERIES, CHOICES, strict=True))
+    ],
     "contexts": [
         {"context_options": [words(i, 4), words(i + 9, 4)], "continuation": words(i + 2, 3), "gold": i % 2}
         for i in range(N)
@@ -66,7 +68,7 @@ def score(judged, context: str, continuation: str, bos: bool) -> tuple[float, bo
 
 @pytest.mark.parametrize("bos", ["never", "always"])
 def test_tasks_are_direct_scoring(judged, files: Path, bos: str) -> None:
-    form = {name: "choices" for name in shipped()} | {"winogrande": "contexts", "lambada": "continuation"}
+    form = dict.fromkeys(shipped(), "choices") | {"winogrande": "contexts", "lambada": "continuation"}
     specs = read_tasks([f"{name}={files / form[name]}.jsonl" for name in shipped()])
     found = run_tasks(*judged, specs, batch_size=4, bos=bos)
     assert set(found) == set(shipped()) and all(each["items"] == N for each in found.values())
