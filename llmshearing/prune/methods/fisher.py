@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
@@ -25,6 +24,7 @@ from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
 from llmshearing.masks.l0 import selection_from_gates
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
