@@ -1,72 +1,126 @@
-"""Command line of the bench; see `benchmarks.recover`."""
+"""Run rows of the bench, all seeds and budgets, and write table, JSON and plot.
+
+What is finished is not run again, and a training that was stopped goes on from its last checkpoint. Rows run side by
+side, --jobs at a time, one thread each.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.recover import commands
+from benchmarks import common
+from benchmarks.recover import commands, report
 from benchmarks.recover.cell import Cell, run_cell, source_losses
-from benchmarks.recover.rows import ROWS
-from benchmarks.recover.settings import Setting, lab
+from benchmarks.recover.rows import DEFAULT, ROWS
+from benchmarks.recover.settings import Setting, lab, smollm2
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger("recover")
+EXAMPLES = """examples:
+  python -m benchmarks.recover --lab ../shared/lab
+  python -m benchmarks.recover ours --lab ../shared/lab --seeds 0 --tokens 409600
+  python -m benchmarks.recover turned-kl --smollm2 out/smollm2 --seeds 0
+  python -m benchmarks.recover --lab ../shared/lab --report
+"""
 
 
-def finished(file: Path) -> list[dict]:
-    """Records of the cells that are done."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def run(setting: Setting, cells: Sequence[Cell], root: Path, jobs: int) -> None:
-    """Run what is not finished; one line of JSON for each cell."""
-    file = root / "cells.jsonl"
-    source_losses(setting, root)
-    known = {(done["row"], done["seed"], done["budget"]) for done in finished(file)}
+def run(setting: Setting, cells: Sequence[Cell], root: Path, jobs: int) -> int:
+    """Run what is not finished, one line of JSON for each cell; returns how many failed, which stops no other."""
+    file, failed = root / "cells.jsonl", 0
+    known = {(done["row"], done["seed"], done["budget"]) for done in report.finished(file)}
     missing = [cell for cell in cells if (cell.row, cell.seed, cell.budget) not in known]
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_cell, setting, cell, root) for cell in missing]
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(run_cell, setting, cell, root): cell for cell in missing}
         for future in tqdm(as_completed(futures), total=len(futures), desc="cells", unit="cell"):
-            record = future.result()
+            try:
+                record = future.result()
+            except ShearingError as error:
+                log.error("%s: %s", futures[future].name, error)
+                failed += 1
+                continue
             with file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
-            log.info("%s seed %d: %.4f", record["row"], record["seed"], record["loss"])
+            log.info("%s: %.4f", futures[future].name, record["loss"])
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        commands.stop()
+        raise
+    pool.shutdown()
+    return failed
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recover", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; without any: {', '.join(DEFAULT)}"
+    )
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--lab", type=Path, metavar="PATH", help="folder of the lab: source and corpus")
+    place.add_argument("--smollm2", type=Path, metavar="PATH", help="folder of `make smollm2`; rows by name alone")
+    parser.add_argument("--output", type=Path, default=Path("out/recover"), help="where cells are kept (%(default)s)")
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="where JSON and plot go (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and calibration (%(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="budgets (default: the setting's)")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time (%(default)s)")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
+    arguments = parser.parse_args(argv)
+    if unknown := sorted(set(arguments.rows) - set(ROWS)):
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if arguments.smollm2 and not arguments.rows and not arguments.report:
+        parser.error(f"--smollm2 runs rows by name alone; there are {', '.join(ROWS)}")
+    for path in filter(None, (arguments.lab, arguments.smollm2)):
+        if not (path / "source" / "config.json").is_file():
+            parser.error(f"{path} has no source/config.json")
+    return arguments
+
+
+def interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recover", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--lab", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("out/recover"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, nargs="+")
-    parser.add_argument("--jobs", type=int, default=2)
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    setting = lab(arguments.lab)
-    root = arguments.output / setting.name
+    signal.signal(signal.SIGTERM, interrupted)
+    setting = lab(arguments.lab) if arguments.lab else smollm2(arguments.smollm2)
+    if arguments.tokens:
+        setting = replace(setting, budgets=tuple(sorted(arguments.tokens, reverse=True)))
+    root, start = arguments.output / setting.name, time.monotonic()
     root.mkdir(parents=True, exist_ok=True)
-    commands.environment(1)
     cells = [
         Cell(row, seed, budget)
-        for budget in arguments.tokens or setting.budgets
+        for budget in setting.budgets
         for seed in arguments.seeds
-        for row in arguments.rows or ROWS
+        for row in arguments.rows or DEFAULT
     ]
+    failed = 0
     try:
-        run(setting, cells, root, arguments.jobs)
+        source_losses(setting, root)
+        failed = 0 if arguments.report else run(setting, cells, root, arguments.jobs)
     except ShearingError as error:
         log.error("%s", error)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        log.error("stopped; the same command goes on")
+        return 130
+    print(report.write(setting, root, arguments.results))
+    log.info("%.0f minutes; wrote recover.json and a plot to %s", (time.monotonic() - start) / 60, arguments.results)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.recover import commands
+from benchmarks.recover.configuration import configuration
 from benchmarks.recover.rows import ROWS, Row, Training
 from benchmarks.recover.settings import Setting
 from llmshearing.training.evaluation import domain_losses, eval_batches
@@ -74,7 +75,7 @@ def run_cell(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
     used, curve = 0, []
     if row.masks is not None:
         steps, per_step = stage_steps(setting, row.masks, round(cell.budget * row.masks.share))
-        made = commands.configuration(
+        made = configuration(
             setting, row.masks, model=model, folder=folder / "masks", steps=steps, l0=row.l0, targets=targets, **places
         )
         model = commands.fold(log_file, commands.train(log_file, made, folder / "masks"))
@@ -83,9 +84,7 @@ def run_cell(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
     training = row.recovery(cell.budget)
     steps, per_step = stage_steps(setting, training, cell.budget - used)
     seconds["masks"] = time.monotonic() - start - sum(seconds.values())
-    made = commands.configuration(
-        setting, training, model=model, folder=folder / "run", steps=steps, targets=targets, **places
-    )
+    made = configuration(setting, training, model=model, folder=folder / "run", steps=steps, targets=targets, **places)
     commands.train(log_file, made, folder / "run")
     seconds["train"] = time.monotonic() - start - sum(seconds.values())
     after = evaluations(folder / "run", used, per_step)
@@ -116,9 +115,7 @@ def evaluations(folder: Path, before: int, per_step: int) -> list[dict[str, Any]
     return found
 
 
-def sizes(
-    setting: Setting, row: Row, training: Training, folder: Path, masks: int, tokens: int
-) -> dict[str, float]:
+def sizes(setting: Setting, row: Row, training: Training, folder: Path, masks: int, tokens: int) -> dict[str, float]:
     """Parameters, and compute in passes of the whole source, forward and backward, over a token.
 
     A step of the masks counts as one of the source: an upper bound, as closed units cost nothing.
@@ -126,11 +123,11 @@ def sizes(
     compact = shape_of_run(folder)
     share = multiplied(compact) / multiplied(shape_of(setting.source))
     teacher = 1 / 3
-    compute = setting.samples * setting.length * row.seen(tokens)
+    compute = setting.samples * setting.length * row.seen
     if row.masks is not None:
         compute += masks * (1 + (teacher if row.masks.distill else 0))
     compute += tokens * (share + (teacher if training.distill else 0))
-    return {"parameters": compact.num_parameters(), "source_steps_tokens": round(compute)}
+    return {"parameters": compact.num_parameters(), "source_tokens": round(compute)}
 
 
 def shape_of_run(folder: Path) -> PreTrainedModel:

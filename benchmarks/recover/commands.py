@@ -1,6 +1,6 @@
 """The commands of a cell, run as a user runs them; what they have made is not made again.
 
-    data prepare -> prune ... -> train (masks) -> fold -> train
+data prepare -> prune ... -> train (masks) -> fold -> train
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.recover.rows import Cut, Training
+from benchmarks.recover.rows import Cut
 from benchmarks.recover.settings import Setting
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger("recover")
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""Cells run side by side, one core each; and the same arithmetic everywhere."""
+RUNNING: set[subprocess.Popen[bytes]] = set()
 LATEST, FOLDED = "latest-rank0.pt", "pruned-latest-rank0.pt"
 
 
@@ -37,12 +40,20 @@ def command(log_file: Path, *words: str | Path) -> None:
     said = [str(word) for word in words]
     log.info("$ llmshearing %s", shlex.join(said))
     with log_file.open("a") as output:
-        status = subprocess.run(
-            [sys.executable, "-m", "llmshearing", *said], stdout=output, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        words = [sys.executable, "-m", "llmshearing", *said]
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **THREADS})
+        RUNNING.add(process)
+        status = process.wait()
+        RUNNING.discard(process)
     if status:
         tail = "".join(log_file.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise ShearingError(f"llmshearing {shlex.join(said)}: exit status {status}\n{tail}")
+
+
+def stop() -> None:
+    """Ask what runs to save its state and end."""
+    for process in list(RUNNING):
+        process.terminate()
 
 
 @contextmanager
@@ -131,60 +142,3 @@ def fold(log_file: Path, checkpoint: Path) -> Path:
         if missing:
             command(log_file, "fold", checkpoint)
     return output
-
-
-def configuration(
-    setting: Setting, training: Training, *, model: Path, data: Path, held_out: Path, folder: Path, seed: int,
-    steps: int, l0: Mapping[str, Any] | None = None, targets: Mapping[str, float] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The YAML of a stage. l0: the masks', None without. targets: the source's loss by domain, for a dynamic mixture."""
-    names = domains(data)
-    warmup = max(1, round(steps * (0.05 if l0 is None else 0.1)))
-    made: dict[str, Any] = {
-        "data_local": str(data), "tokenizer_name": str(setting.source), "max_seq_len": setting.length,
-        "global_seed": seed, "run_name": folder.name,
-        "model": {"path": str(model)},
-        "train_loader": {"dataset": {"split": "for_ft" if l0 is None else "for_prune"}},
-        "eval_loader": {"dataset": {"local": str(held_out), "split": "eval_merge"}, "drop_last": False},
-        "scheduler": {"name": "cosine_with_warmup", "t_warmup": f"{warmup}ba", "alpha_f": 0.05},
-        "optimizer": {
-            "name": "adamw", "lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.1, **training.optimizer
-        },
-        "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}},
-        "max_duration": f"{steps}ba", "eval_first": True, "eval_interval": f"{interval(setting, training, steps)}ba",
-        "global_train_batch_size": training.batch,
-        "device_train_microbatch_size": min(training.batch, setting.microbatch),
-        "device_eval_batch_size": setting.microbatch,
-        "callbacks": {"data_loading": {
-            "dynamic": True, "set_names": names, "proportion": [1 / len(names)] * len(names),
-            "update_type": "constant",
-        }},
-        "progress_bar": False, "save_folder": str(folder), "save_interval": f"{max(1, steps // 8)}ba",
-        "save_num_checkpoints_to_keep": 1, "autoresume": True,
-    }  # fmt: skip
-    if training.dynamic and targets is not None:
-        mixture = {"update_type": "doremi", "target_loss": [targets[name] for name in names]}
-        made["callbacks"]["data_loading"] |= mixture
-    if training.distill is not None:
-        made["distill"] = {"teacher": str(setting.source), **training.distill}
-    if l0 is not None:
-        made["model"]["l0_module"] = {"eval_target_model": True, "target_model": setting.mask_target, **l0}
-        made["scheduler"] = {"name": "constant_with_warmup", "t_warmup": f"{warmup}ba"}
-        made["eval_first"] = False
-    for key, value in training.extra.items():
-        *path, last = key.split(".")
-        place = made
-        for name in path:
-            place = place.setdefault(name, {})
-        place[last] = value
-    return made
-
-
-def interval(setting: Setting, training: Training, steps: int) -> int:
-    """Steps between evaluations: a sixteenth of a million tokens of the lab's longest run, a quarter of short ones."""
-    return max(1, steps // 4)
-
-
-def environment(threads: int) -> None:
-    """Threads of the commands that follow."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)

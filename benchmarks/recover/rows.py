@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-
 from typing import Any
 
 from benchmarks.recover.settings import GROUPS, HEADS, HIDDEN, LAYERS, MLP
-
 
 KL = {"weight": 1.0, "ce": 0.0}
 """Minitron's choice: the divergence from the source alone."""
@@ -69,8 +67,9 @@ class Row:
         """The training of the compact model."""
         return self.short if self.short is not None and budget < 1_000_000 else self.training
 
-    def seen(self, budget: int) -> float:
-        """Steps of the source a token of the choice costs, before training."""
+    @property
+    def seen(self) -> float:
+        """Steps of the source that a token to choose by costs."""
         return sum(cut.passes for cut in self.cuts)
 
 
@@ -102,3 +101,5 @@ ROWS: dict[str, Row] = {
     "turned-kl": Row("turned Fisher, KL", Training(lr=2e-3, distill=KL), (TURN, FISHER)),
     **_pair("published", Row("learned masks as published", PLAIN, masks=STAGE, l0=PUBLISHED)),
 }
+DEFAULT = ["published", "activation-kl", "scratch", "turned-kl"]
+"""What runs where no row is named."""

@@ -43,7 +43,6 @@ class Setting:
         return {YAML[key]: size for key, size in self.target.items()}
 
 
-
 def lab(path: Path) -> Setting:
     """The lab: 8.4 M parameters, seven domains; to half of each width and six of eight layers: 2.2 M."""
     target = {HIDDEN: 128, HEADS: 4, MLP: 344, LAYERS: 6}
