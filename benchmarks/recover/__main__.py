@@ -24,6 +24,7 @@ from benchmarks.recover import commands, report
 from benchmarks.recover.cell import Cell, run_cell, source_losses
 from benchmarks.recover.rows import DEFAULT, ROWS
 from benchmarks.recover.settings import Setting, lab, smollm2
+from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger("recover")
@@ -76,6 +77,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="where JSON and plot go (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and calibration (%(default)s)")
     parser.add_argument("--tokens", type=int, nargs="+", help="budgets (default: the setting's)")
+    parser.add_argument(
+        "--target", nargs="+", metavar="KEY=VALUE", help="sizes in the config's keys (default: the setting's)"
+    )
+    parser.add_argument("--samples", type=int, help="sequences to choose by (default: the setting's)")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: the setting's)")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time (%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
     arguments = parser.parse_args(argv)
@@ -89,6 +95,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def wanted(arguments: argparse.Namespace) -> Setting:
+    """The setting, with what the command line says otherwise."""
+    setting = lab(arguments.lab) if arguments.lab else smollm2(arguments.smollm2)
+    given = {
+        "budgets": tuple(sorted(arguments.tokens or (), reverse=True)), "samples": arguments.samples,
+        "length": arguments.length, "target": parse_pairs(arguments.target or ()),
+    }  # fmt: skip
+    return replace(setting, **{name: value for name, value in given.items() if value})
+
+
 def interrupted(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -97,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, interrupted)
-    setting = lab(arguments.lab) if arguments.lab else smollm2(arguments.smollm2)
-    if arguments.tokens:
-        setting = replace(setting, budgets=tuple(sorted(arguments.tokens, reverse=True)))
+    setting = wanted(arguments)
     root, start = arguments.output / setting.name, time.monotonic()
     root.mkdir(parents=True, exist_ok=True)
     cells = [
