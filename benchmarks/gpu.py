@@ -33,7 +33,8 @@ from llmshearing.families.nonuniform.config import config_of
 from llmshearing.fold.fold import config_of_shape
 from llmshearing.fold.gating import attach, detach
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.training.loss import distillation_losses, token_losses
+from llmshearing.training.divergence import distillation_losses
+from llmshearing.training.loss import token_losses
 
 SMOL = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
 BILLION = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "data inspect": ("data.inspect", "main", "show what prepared data holds"),
     "data plots": ("data.plots", "main", "plot how the mixture's updates behave"),
     "target-loss": ("utils.target_loss", "main", "give each domain's target loss"),
+    "distill cache": ("training.cache.cli", "main", "write a teacher's targets, to train without it"),
     "train": ("train", "main", "learn what to prune, or continue the pretraining"),
     "prune": ("prune.__main__", "main", "prune in one shot: a choice, no training"),
     "fold": ("checkpoints.cli", "fold", "cut a pruning run's checkpoint to the compact model"),

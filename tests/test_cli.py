@@ -83,6 +83,7 @@ WORK = {
     "data inspect": ("a", "inspect"),
     "data plots": ("a.png", "plot_simulation"),
     "target-loss": ("source --losses a.json --set_names web", "source_losses"),
+    "distill cache": ("--teacher a --data b --output c", "cache_targets"),
     "train": ("a.yaml", "load_config"),
     "fold": ("a.pt", "prune_and_save_model"),
     "convert": ("a b.pt", "hf_to_checkpoint"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from math import isclose
 
-from llmshearing.config.schema import Config, DataLoading, L0Module, Loader
+from llmshearing.config.schema import MUON, Config, DataLoading, L0Module, Loader, Optimizer
 from llmshearing.config.shapes import FACTS, Shape, source_problems, source_shape, target_shape
 from llmshearing.config.values import AUTO, parse_time
 from llmshearing.families.names import BLOCK_MASKS, BLOCKS, LAYERS, MASK_OF_SIZE, YAML_KEYS
@@ -177,6 +177,15 @@ def check_auto_rate(cfg: Config) -> Iterator[str]:
             yield f"{key} = {AUTO} with {name} = {text}: it needs a time in ba, sp or tok, or a number as the rate"
 
 
+@reads("optimizer")
+def check_muon(cfg: Config) -> Iterator[str]:
+    """Keys of one optimizer are not given to another."""
+    for key in ("muon_lr", "muon_momentum"):
+        value = getattr(cfg.optimizer, key)
+        if value != getattr(Optimizer, key) and cfg.optimizer.name != MUON:
+            yield f"optimizer.{key} = {value} with optimizer.name = {cfg.optimizer.name}: only {MUON} reads it"
+
+
 @reads("max_duration")
 def check_duration(cfg: Config) -> Iterator[str]:
     """The run's length is no fraction of itself."""
@@ -249,7 +258,9 @@ ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 @reads("distill", "model.l0_module", "model.path")
 def check_distillation(cfg: Config) -> Iterator[str]:
     """Somebody else to follow."""
-    if cfg.distill is not None and cfg.model.l0_module is None and cfg.distill.teacher in (None, cfg.model.path):
+    if cfg.distill is None or cfg.model.l0_module is not None:
+        return
+    if cfg.distill.teacher == cfg.model.path or (cfg.distill.teacher is None and cfg.distill.cache is None):
         yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name another model"
 
 

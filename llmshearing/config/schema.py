@@ -17,6 +17,7 @@ from llmshearing.config.values import (
     number,
     parse_betas,
     parse_microbatch,
+    parse_momentum,
     parse_rate,
     parse_subset,
     time,
@@ -25,6 +26,7 @@ from llmshearing.families.names import MASKS
 
 MASK_KINDS = MASKS
 FREE_MAPPING = dict[str, Any]
+MUON = "muon"
 OPEN = "open"
 """`model.l0_module.start` without information."""
 
@@ -212,12 +214,17 @@ class Scheduler:
 
 @dataclass
 class Optimizer:
-    """AdamW in three groups: weights, masks, multipliers (which ascend). Only the weights decay."""
+    """Weights, masks and multipliers (which ascend). Only the weights decay."""
 
-    name: str = choice("decoupled_adamw", "decoupled_adamw", "adamw")
-    """decoupled_adamw: decay not scaled by the learning rate (Composer's); adamw: torch's."""
+    name: str = choice("decoupled_adamw", "decoupled_adamw", "adamw", MUON)
+    """decoupled_adamw: decay not scaled by the learning rate (Composer's); adamw: torch's; muon: orthogonal steps for
+    the matrices inside the layers, decoupled_adamw for all else (docs/optimizers.md)."""
     lr: float = number(1e-4, low=0)
-    """Peak learning rate of the weights."""
+    """Peak learning rate of the weights; with muon, of those that are no matrices inside layers."""
+    muon_lr: float | None = number(None, low=0)
+    """Peak learning rate of the matrices inside layers, on AdamW's scale; null: lr. Only with muon."""
+    muon_momentum: float = checked(0.95, parse_momentum)
+    """Decay rate of their momentum (Nesterov's). Only with muon."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"parse": parse_betas})
     """Decay rates of the two moments."""
     eps: float = number(1e-8, low=0, above=True)
@@ -346,12 +353,19 @@ class Distill:
 
     teacher: str | None = None
     """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
+    cache: str | None = None
+    """Directory that `llmshearing distill cache` wrote on this run's training split, in place of a live teacher. With
+    `teacher` too it must be that teacher's."""
     weight: float = number(1.0, low=0, above=True)
     """Of the forward KL divergence from the teacher, nats a token."""
     ce: float = number(0.0, low=0)
     """Of the cross-entropy with the data beside it."""
     temperature: float = number(1.0, low=0, above=True)
     """Both sides' logits are divided by it."""
+    top_k: int | None = count(None)
+    """Entries of the teacher's distribution that count, as a cache has them; null: all, or what the cache has."""
+    tail: str = choice("sampled", "sampled", "bucket")
+    """What stands for the others beside `top_k`. sampled: half of the entries are drawn; bucket: their mass alone."""
 
 
 @dataclass

@@ -116,6 +116,13 @@ def parse_rate(value: float | str) -> float | str:
     return AUTO if number_given is None else number_given
 
 
+def parse_momentum(value: float) -> float:
+    """The decay rate of a moment."""
+    if not 0 <= value < 1:
+        raise ValueError("a number in [0, 1), such as 0.95")
+    return value
+
+
 def parse_betas(value: list[float]) -> list[float]:
     """Adam's two decay rates."""
     if len(value) != 2 or not all(0 <= beta < 1 for beta in value):

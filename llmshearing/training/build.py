@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,30 @@ from composer.utils import dist
 
 from llmshearing.config import Config, to_yaml
 from llmshearing.data.mds.manifest import check_tokenizer
+from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
 from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
 from llmshearing.training.callbacks.gradients import Gradients
 from llmshearing.training.callbacks.losses import LossMonitor
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
+from llmshearing.training.devices import has_bfloat16
 from llmshearing.training.distillation import build_teacher
 from llmshearing.training.distributed import fsdp2
+from llmshearing.training.groups import build_optimizer, optimizer_groups
 from llmshearing.training.model import ShearingModel
-from llmshearing.training.optimizer import FusedDecoupledAdamW
-from llmshearing.training.rates import build_rates, mask_groups
+from llmshearing.training.rates import build_rates
 from llmshearing.training.resilience.build import build_safety
 from llmshearing.training.resilience.resume import plain_data_only, prepare
 from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.watch import Watch
 from llmshearing.training.source import Source, build_masks, load_model, mask_info
 from llmshearing.training.start import start_masks
+from llmshearing.training.targets import Guide
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +57,6 @@ LOGGERS = {
     "tensorboard": loggers.TensorboardLogger,
     "file_logger": loggers.FileLogger,
 }
-
-
-def optimizer_groups(model: torch.nn.Module, masks: L0Masks | None, cfg: Config) -> list[dict[str, Any]]:
-    """Weights, masks and multipliers; only weights decay. The multipliers' ascent stands in the objective."""
-    groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
-    return groups if masks is None else [*groups, *mask_groups(masks, cfg)]
-
-
-def build_optimizer(groups: list[dict[str, Any]], cfg: Config) -> torch.optim.Optimizer:
-    """AdamW over the groups."""
-    o = cfg.optimizer
-    kinds: dict[str, Any] = {"decoupled_adamw": FusedDecoupledAdamW, "adamw": partial(torch.optim.AdamW, fused=True)}
-    return kinds[o.name](groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
 
 
 def build_scheduler(cfg: Config) -> Any:
@@ -117,8 +107,7 @@ def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
     """dtype of CPU autocast: bfloat16 where it is asked for and the processor has instructions for it."""
     if device != "cpu" or cfg.precision != "amp_bf16":
         return None
-    flags = Path("/proc/cpuinfo")
-    if flags.is_file() and not any(flag in flags.read_text() for flag in ("amx_bf16", "avx512_bf16")):
+    if not has_bfloat16(device):
         log.warning("precision amp_bf16: this processor has no bfloat16 arithmetic; training in fp32")
         return None
     return torch.bfloat16
@@ -180,6 +169,12 @@ def build_data(cfg: Config, source: Source) -> tuple[Any, Any]:
     return train, evaluation
 
 
+def build_guide(cfg: Config, source: Source, data: MixtureDataset) -> Guide | None:
+    """What training follows beside the data: a teacher's cache, a live teacher, or None."""
+    cached = cfg.distill is not None and cfg.distill.cache is not None
+    return build_cached(cfg, source, data) if cached else build_teacher(cfg, source)
+
+
 def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     """Options that Composer's Trainer takes as they are."""
     passed = (
@@ -215,7 +210,7 @@ def build_trainer(
         eval_target_model=l0.eval_target_model if l0 else False,
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
-        teacher=build_teacher(cfg, source),
+        teacher=build_guide(cfg, source, train.dataloader.dataset),
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
@@ -226,7 +221,7 @@ def build_trainer(
             model=model,
             train_dataloader=train,
             eval_dataloader=evaluation,
-            optimizers=build_optimizer(optimizer_groups(hf_model, masks, cfg), cfg),
+            optimizers=build_optimizer(optimizer_groups(hf_model, source.table, masks, cfg), cfg),
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
             callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],

@@ -6,10 +6,13 @@ no part in the student's parameters, gradients or checkpoints; every rank holds 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmshearing.checkpoints.checkpoint import is_checkpoint, read_checkpoint
@@ -17,25 +20,58 @@ from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config
 from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
 from llmshearing.storage import load_weights
+from llmshearing.training.cache.codec import Codec
+from llmshearing.training.hidden import HiddenStates, recorded
 from llmshearing.training.source import Source
+from llmshearing.training.sparse import SAMPLED, content_keys, sparse_targets
+from llmshearing.training.targets import Answer, Dense, Guide, View
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model")
 
 
-class Teacher:
-    """A model that is only asked. What weight, ce and temperature do, `llmshearing.training.loss` says."""
+class Teacher(Guide):
+    """A model that is only asked.
 
-    def __init__(self, model: PreTrainedModel, weight: float = 1.0, ce: float = 0.0, temperature: float = 1.0) -> None:
+    Args:
+        model: any model of the student's vocabulary. weight, ce, temperature, hidden: see :class:`Guide`.
+        top_k, tail: give sparse targets of so many entries (`llmshearing.training.sparse`); None: the logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weight: float = 1.0,
+        ce: float = 0.0,
+        temperature: float = 1.0,
+        hidden: HiddenStates | None = None,
+        *,
+        top_k: int | None = None,
+        tail: str = SAMPLED,
+    ) -> None:
+        super().__init__(weight, ce, temperature, hidden)
         self.model = model.eval().requires_grad_(False)
-        self.weight, self.ce, self.temperature = weight, ce, temperature
+        self.top_k, self.tail = top_k, tail
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """Its decoder layers."""
+        return [*cast(nn.ModuleList, self.model.get_submodule(table_for(self.model.config).layers_path))]
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """[B, T, V]; the model follows the ids to their device."""
+    def ask(self, batch: Mapping[str, Tensor], view: View | None = None) -> Answer:
+        """See :meth:`Guide.ask`; the model follows the ids to their device."""
+        input_ids = batch["input_ids"]
         if self.model.device != input_ids.device:
             self.model.to(input_ids.device)
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        with recorded(self.layers if view else (), view) as states:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        if self.top_k is None:
+            return Answer(Dense(logits), states)
+        targets = sparse_targets(logits, self.top_k, self.tail, content_keys(input_ids), self.temperature)
+        codec = Codec(logits.shape[-1], targets.ids.shape[-1], self.tail)
+        return Answer(codec.rounded(targets), states)  # to the very bits that a cache would give
 
 
 def build_teacher(cfg: Config, source: Source) -> Teacher | None:
@@ -58,7 +94,7 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
 
 
 def _teacher(model: PreTrainedModel, asked: Distill) -> Teacher:
-    return Teacher(model, asked.weight, asked.ce, asked.temperature)
+    return Teacher(model, asked.weight, asked.ce, asked.temperature, top_k=asked.top_k, tail=asked.tail)
 
 
 def _load(path: str) -> PreTrainedModel:

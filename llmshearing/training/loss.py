@@ -22,7 +22,8 @@ DEVICE_CHUNK_ELEMENTS = 2**26
 models on an H200 took 2.0 times as long, steps of plain models of half their widths up to 3.7 times (docs/step.md)."""
 
 
-def _chunks(logits: Tensor) -> list[slice]:
+def chunks(logits: Tensor) -> list[slice]:
+    """Rows [N, V] in parts that are small enough to be widened."""
     elements = CHUNK_ELEMENTS if logits.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
     rows = max(1, elements // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
@@ -36,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         normaliser = torch.empty(len(logits), dtype=wide, device=logits.device)
         chosen = logits.gather(1, labels[:, None]).squeeze(1).to(wide)
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             normaliser[rows] = logits[rows].to(wide).logsumexp(-1)
         ctx.save_for_backward(logits, labels, normaliser)
         return normaliser - chosen
@@ -45,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         logits, labels, normaliser = ctx.saved_tensors
         # In place; the version counter of autograd refuses whoever still wants to use the logits after this.
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             part = (logits[rows].to(normaliser.dtype) - normaliser[rows, None]).exp_()
             part.scatter_add_(1, labels[rows, None], part.new_full((len(part), 1), -1.0))
             logits[rows] = part.mul_(gradient[rows, None])
@@ -62,72 +63,3 @@ def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     labels = input_ids.roll(-1, dims=1)
     losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
     return losses.view(batch, length)[:, :-1]
-
-
-class _Distillation(torch.autograd.Function):
-    """Per-row weighted sum of KL and cross-entropy. logits, teacher: [N, V]; labels: int64 [N]; results: [N]."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, teacher: Tensor, labels: Tensor, weight: float, ce: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        normaliser, soft, theirs, divergence = (
-            torch.empty(len(logits), dtype=wide, device=logits.device) for _ in range(4)
-        )
-        chosen = logits.gather(1, labels[:, None]).squeeze(1).to(wide)
-        for rows in _chunks(logits):
-            own, other = logits[rows].to(wide), teacher[rows].to(wide) / temperature
-            normaliser[rows] = own.logsumexp(-1)
-            own = own / temperature
-            soft[rows], theirs[rows] = own.logsumexp(-1), other.logsumexp(-1)
-            probability = (other - theirs[rows, None]).exp()
-            gap = (other - theirs[rows, None]) - (own - soft[rows, None])
-            # a token that the teacher rules out has probability 0 and counts for nothing
-            divergence[rows] = torch.where(probability > 0, probability * gap, 0.0).sum(-1)
-        cross_entropy, divergence = normaliser - chosen, divergence * temperature**2
-        ctx.save_for_backward(logits, teacher, labels, normaliser, soft, theirs)
-        ctx.weights = weight, ce, temperature
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return weight * divergence + ce * cross_entropy, cross_entropy, divergence
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        logits, teacher, labels, normaliser, soft, theirs = ctx.saved_tensors
-        weight, ce, temperature = ctx.weights
-        for rows in _chunks(logits):
-            own = logits[rows].to(normaliser.dtype)
-            other = teacher[rows].to(normaliser.dtype) / temperature
-            part = (own / temperature - soft[rows, None]).exp_().sub_((other - theirs[rows, None]).exp_())
-            part.mul_(weight * temperature)
-            if ce:
-                hard = (own - normaliser[rows, None]).exp_()
-                hard.scatter_add_(1, labels[rows, None], hard.new_full((len(hard), 1), -1.0))
-                part.add_(hard, alpha=ce)
-            logits[rows] = part.mul_(gradient[rows, None])  # in place, as cross-entropy does
-        return logits, None, None, None, None, None
-
-
-def distillation_losses(
-    logits: Tensor,
-    teacher: Tensor,
-    input_ids: Tensor,
-    *,
-    weight: float = 1.0,
-    ce: float = 0.0,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(objective, cross-entropy, divergence), each [B, T-1]; only the objective has a gradient, to ``logits``.
-
-        divergence = T^2 sum_v p_v (ln p_v - ln q_v)     p, q: softmax of the teacher's, the student's logits / T
-        objective  = weight divergence + ce cross-entropy                                     (Hinton et al. 2015)
-        d divergence / d logits_v = T (q_v - p_v)
-
-    Both sides go by in chunks of rows; neither is widened to float32 as a whole. As with :func:`token_losses`, the
-    backward pass overwrites ``logits``. Args: logits, teacher: [B, T, V]; input_ids: [B, T].
-    """
-    batch, length = input_ids.shape
-    labels = input_ids.roll(-1, dims=1).flatten()
-    losses = _Distillation.apply(logits.flatten(0, 1), teacher.flatten(0, 1), labels, weight, ce, temperature)
-    objective, cross_entropy, divergence = (loss.view(batch, length)[:, :-1] for loss in losses)
-    return objective, cross_entropy, divergence

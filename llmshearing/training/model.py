@@ -22,9 +22,11 @@ from transformers.modeling_utils import AttentionInterface
 from llmshearing.families import table_for
 from llmshearing.fold.gating import attach
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.training.distillation import Teacher
 from llmshearing.training.distributed import mark_units
-from llmshearing.training.loss import distillation_losses, token_losses
+from llmshearing.training.divergence import distillation_losses
+from llmshearing.training.hidden import hidden_losses, recorded
+from llmshearing.training.loss import token_losses
+from llmshearing.training.targets import Guide
 
 # transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
 # which is what packed sequences without padding need.
@@ -82,7 +84,7 @@ class ShearingModel(ComposerModel):
         eval_target_model: evaluate at the target shape; else at the size the masks now expect.
         round_to: round the open elements of each axis up to a multiple (extra units have gate 0).
         autocast: dtype of CPU autocast inside forward; Composer itself accepts only float32 on a CPU.
-        teacher: whose logits training follows; None: cross-entropy alone. Evaluation is cross-entropy always.
+        teacher: what training follows; None: cross-entropy alone. Evaluation is cross-entropy always.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class ShearingModel(ComposerModel):
         eval_target_model: bool = False,
         round_to: int = 1,
         autocast: torch.dtype | None = None,
-        teacher: Teacher | None = None,
+        teacher: Guide | None = None,
     ) -> None:
         super().__init__()
         self.teacher = teacher  # no module: neither trained nor saved
@@ -104,6 +106,7 @@ class ShearingModel(ComposerModel):
         learn_every_id(model)
         # Without masks too: the norms are then the leaner ones of gating.py.
         self.gating = attach(model, self.table)
+        self.layers = [*model.get_submodule(self.table.layers_path)]  # a list: they have their place in the model
         mark_units(model, masks)  # after the modules' classes were swapped: sharding swaps them once more
         self.eval_target_model, self.round_to, self.autocast = eval_target_model, round_to, autocast
         self.eval_losses = {
@@ -127,25 +130,34 @@ class ShearingModel(ComposerModel):
         """batch: ``input_ids`` [B, T]. Returns ``sample_loss`` [B] (nats per token) and the masks' ``penalty``."""
         input_ids = batch["input_ids"]
         self.set_selection()
-        with self._autocast(input_ids.device):
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        outputs = self._losses(logits, input_ids)
+        if self.teacher is not None and self.training:
+            outputs = self._follow(self.teacher, batch)
+        else:
+            with self._autocast(input_ids.device):
+                logits = self.model(input_ids=input_ids, use_cache=False).logits
+            outputs = {"sample_loss": token_losses(logits, input_ids).mean(-1)}
         if self.masks is not None and self.training and not self.masks.exact:
             outputs["penalty"] = self.masks.penalty()
         return outputs
 
-    def _losses(self, logits: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """``sample_loss`` [B], and in distillation the ``objective`` and the ``divergence`` from the teacher [B]."""
-        if self.teacher is None or not self.training:
-            return {"sample_loss": token_losses(logits, input_ids).mean(-1)}
+    def _follow(self, guide: Guide, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``objective``, ``sample_loss``, ``divergence`` from the guide, and ``hidden`` where states count, all [B]."""
+        input_ids = batch["input_ids"]
+        views = None if guide.hidden is None else guide.hidden.views(self.gating.selection)
+        own_view, their_view = views or (None, None)
         with self._autocast(input_ids.device):
-            theirs = self.teacher.logits(input_ids)
-        options = {"weight": self.teacher.weight, "ce": self.teacher.ce, "temperature": self.teacher.temperature}
-        losses = distillation_losses(logits, theirs, input_ids, **options)
-        return {
-            name: loss.mean(-1)
-            for name, loss in zip(("objective", "sample_loss", "divergence"), losses, strict=True)
-        }
+            with recorded(self.layers, own_view) as states:
+                logits = self.model(input_ids=input_ids, use_cache=False).logits
+            answer = guide.ask(batch, their_view)
+        options = {"weight": guide.weight, "ce": guide.ce, "temperature": guide.temperature}
+        losses = distillation_losses(logits, answer.targets, input_ids, **options)
+        names = ("objective", "sample_loss", "divergence")
+        outputs = {name: loss.mean(-1) for name, loss in zip(names, losses, strict=True)}
+        if guide.hidden is not None and views is not None:
+            hidden = hidden_losses(states, answer.states, views)
+            outputs["objective"] = outputs["objective"] + guide.hidden.weight * hidden
+            outputs["hidden"] = hidden.detach()
+        return outputs
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Mean objective (cross-entropy where there is no teacher) plus the Lagrangian term."""

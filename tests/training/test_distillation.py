@@ -13,7 +13,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.train import train
 from llmshearing.training import loss
 from llmshearing.training.distillation import Teacher, build_teacher
-from llmshearing.training.loss import distillation_losses
+from llmshearing.training.divergence import distillation_losses
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.source import read_source
 

@@ -174,7 +174,7 @@ def test_multipliers_ascend_while_masks_and_weights_descend(lab, tmp_path, name)
     # the true gradient of the objective, without the turn that makes multipliers ascend
     objective = twin(batch)["sample_loss"].mean() + twin.masks.penalty(ascending=False)
     objective.backward()
-    groups = optimizer_groups(shearing.model, shearing.masks, cfg)
+    groups = optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg)
     assert [group["name"] for group in groups] == ["weights", "masks", "multipliers"]
     optimizer = build_optimizer(groups, cfg)
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -196,7 +196,7 @@ def test_multipliers_ascend_while_masks_and_weights_descend(lab, tmp_path, name)
 def test_only_weights_decay(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name, optimizer__weight_decay=0.1)
     shearing = gated()
-    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks, cfg), cfg)
+    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg), cfg)
     before = copy.deepcopy(shearing.state_dict())
     for parameter in shearing.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -210,7 +210,7 @@ def test_only_weights_decay(lab, tmp_path, name):
 def test_closed_layers_survive_many_steps(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name)
     shearing = gated()
-    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks, cfg), cfg)
+    optimizer = build_optimizer(optimizer_groups(shearing.model, shearing.masks.table, shearing.masks, cfg), cfg)
     with torch.no_grad():
         shearing.masks.log_alpha["layer"].copy_(torch.tensor([4.5, -4.5, 4.5]))
     batch = {"input_ids": torch.randint(384, (2, 16))}

@@ -27,6 +27,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
+from llmshearing.training.groups import OPTIMIZERS
 from llmshearing.training.resilience.saver import WRITING
 from llmshearing.training.source import Source
 from llmshearing.training.start import check_start
@@ -150,6 +151,7 @@ def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
             continue
         _check_kind(cfg, path)
         check_same_run(archive, source, masks)
+        _check_optimizer(cfg, archive)
         durable.point(folder / cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0), path)
         return path
     if damaged := sorted(path.name for path in folder.glob(f"*{DAMAGED}*")):
@@ -216,6 +218,16 @@ def check_same_run(archive: Archive, source: Source, masks: L0Masks | None) -> N
             f"autoresume: {archive.path} is of another run: {len(differ)} tensors differ, such as {first} of shape "
             f"{tensors.get(first, 'none')}, here {wanted.get(first, 'none')}. Give this run a save_folder of its own, "
             "or the configuration that the checkpoint was made with"
+        )
+
+
+def _check_optimizer(cfg: Config, archive: Archive) -> None:
+    """Composer begins with a fresh state where the checkpoint's is of another optimizer."""
+    kind, found = OPTIMIZERS[cfg.optimizer.name].__qualname__, list(archive.subtree("state", "optimizers"))
+    if found != [kind]:
+        raise ShearingError(
+            f"autoresume: optimizer.name = {cfg.optimizer.name} is {kind}, but {archive.path} holds the state of "
+            f"{', '.join(found) or 'none'}: go on with the same optimizer, or begin anew in another save_folder"
         )
 
 
