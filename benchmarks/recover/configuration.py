@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from benchmarks.recover.commands import domains
 from benchmarks.recover.rows import Training
 from benchmarks.recover.settings import Setting
+from llmshearing.checkpoints.output import REPORT, SELECTION
+
+
+def cut_from(model: Path) -> Path:
+    """The model that a directory of `prune` was made of."""
+    return Path(json.loads((model / REPORT).read_text())["source"])
 
 
 def configuration(
@@ -48,6 +55,10 @@ def configuration(
         made["callbacks"]["data_loading"] |= mixture
     if training.distill is not None:
         made["distill"] = {"teacher": str(setting.source), **training.distill}
+        if training.distill.get("hidden") and l0 is None:
+            made["distill"] |= {"teacher": str(cut_from(model)), "selection": str(model / SELECTION)}
+        elif l0 is not None:
+            made["distill"]["teacher"] = None
     if l0 is not None:
         made["model"]["l0_module"] = {"eval_target_model": True, "target_model": setting.mask_target, **l0}
         made["scheduler"] = {"name": "constant_with_warmup", "t_warmup": f"{warmup}ba"}

@@ -14,6 +14,8 @@ from benchmarks.recover.settings import GROUPS, HEADS, HIDDEN, LAYERS, MLP
 
 KL = {"weight": 1.0, "ce": 0.0}
 """Minitron's choice: the divergence from the source alone."""
+FOLLOW = {"weight": 1.0, "ce": 0.3, "hidden": 10.0}
+"""Divergence, a little cross-entropy, and hidden states with a weight that falls to 0."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Training:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the YAML's `optimizer`."""
     distill: Mapping[str, Any] | None = None
-    """The YAML's `distill`; the teacher is the source."""
+    """The YAML's `distill`; the teacher is the source, or with `hidden` the model that the last cut was made of."""
     dynamic: bool = False
     """The mixture moves toward domains far from the source's loss; else all domains alike."""
     share: float = 1.0
@@ -91,6 +93,14 @@ def _pair(name: str, row: Row) -> dict[str, Row]:
 
 
 PLAIN = Training()
+MUON = {"name": "muon", "muon_lr": 3e-3, "weight_decay": 0.0}
+OURS = Training(batch=8, lr=2e-3, optimizer=MUON, distill=FOLLOW)
+SHORT = Training(batch=4, lr=2e-3, optimizer={**MUON, "muon_lr": 2e-3}, distill={**FOLLOW, "ce": 0.1})
+ADAMW = replace(OURS, lr=2.5e-3, optimizer={"betas": [0.9, 0.98], "weight_decay": 0.0})
+BEST = (
+    Cut("turn", sizes=(), options=("--basis", "output"), passes=2),
+    Cut("fisher", options=("--units", "obs", "--refit"), passes=2),
+)
 ROWS: dict[str, Row] = {
     **_pair("scratch", Row("scratch", replace(PLAIN, lr=2e-3), (RANDOM,), scratch=True)),
     **_pair("random", Row("random", PLAIN, (RANDOM,))),
@@ -100,6 +110,11 @@ ROWS: dict[str, Row] = {
     **_pair("turned", Row("turned Fisher", PLAIN, (TURN, FISHER))),
     "turned-kl": Row("turned Fisher, KL", Training(lr=2e-3, distill=KL), (TURN, FISHER)),
     **_pair("published", Row("learned masks as published", PLAIN, masks=STAGE, l0=PUBLISHED)),
+}
+ROWS |= {
+    "ours-turned": Row("turned Fisher, trained as ours", OURS, (TURN, FISHER), short=SHORT),
+    "ours-adamw": Row("ours with AdamW", ADAMW, BEST),
+    "ours": Row("ours", OURS, BEST, short=SHORT),
 }
 DEFAULT = ["published", "activation-kl", "scratch", "turned-kl"]
 """What runs where no row is named."""
