@@ -257,11 +257,23 @@ ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 
 @reads("distill", "model.l0_module", "model.path")
 def check_distillation(cfg: Config) -> Iterator[str]:
-    """Somebody else to follow."""
-    if cfg.distill is None or cfg.model.l0_module is not None:
+    """Somebody else to follow, and a way to tell which of its hidden states are the student's."""
+    asked, masked = cfg.distill, cfg.model.l0_module is not None
+    if asked is None:
         return
-    if cfg.distill.teacher == cfg.model.path or (cfg.distill.teacher is None and cfg.distill.cache is None):
-        yield f"distill.teacher = {cfg.distill.teacher}: without masks the source is the student; name another model"
+    if not masked and (asked.teacher == cfg.model.path or (asked.teacher is None and asked.cache is None)):
+        yield f"distill.teacher = {asked.teacher}: without masks the source is the student; name another model"
+    if asked.hidden and asked.cache is not None:
+        yield f"distill.hidden = {asked.hidden} beside distill.cache: a cache has no hidden states; name a teacher"
+    if asked.hidden and not masked and asked.selection is None:
+        yield (
+            f"distill.hidden = {asked.hidden} without distill.selection: name the selection.safetensors that the "
+            "pruner wrote beside model.path"
+        )
+    if asked.selection is not None and masked:
+        yield f"distill.selection = {asked.selection}: while masks train, what they keep is followed; leave it out"
+    elif asked.selection is not None and not asked.hidden:
+        yield f"distill.selection = {asked.selection} with distill.hidden = 0: nothing reads it"
 
 
 @reads("model.l0_module")

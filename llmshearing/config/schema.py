@@ -349,7 +349,7 @@ class Fsdp:
 
 @dataclass
 class Distill:
-    """Training toward a teacher's logits: weight x divergence + ce x cross-entropy."""
+    """Training toward a teacher: weight x divergence + ce x cross-entropy + hidden x distance of hidden states."""
 
     teacher: str | None = None
     """Hugging Face directory or name, or `.pt`, of the teacher; null, while masks train: the run's own source."""
@@ -366,6 +366,14 @@ class Distill:
     """Entries of the teacher's distribution that count, as a cache has them; null: all, or what the cache has."""
     tail: str = choice("sampled", "sampled", "bucket")
     """What stands for the others beside `top_k`. sampled: half of the entries are drawn; bucket: their mass alone."""
+    hidden: float = number(0.0, low=0)
+    """Weight, at the start, of the distance between the student's hidden states and the teacher's; 0: they do not
+    count. Needs a live teacher that is the model which was cut."""
+    hidden_until: str = time("1dur", positive=True)
+    """When that weight has fallen to 0, in a straight line."""
+    selection: str | None = None
+    """The `selection.safetensors` that the pruner wrote beside the student: which units and layers of the teacher it
+    has. null, while masks train: what the masks keep in each step."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
 from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
 from llmshearing.training.callbacks.gradients import Gradients
+from llmshearing.training.callbacks.hidden import HiddenWeight
 from llmshearing.training.callbacks.losses import LossMonitor
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
@@ -78,7 +79,9 @@ def build_algorithms(masks: L0Masks | None, cfg: Config) -> list[Algorithm]:
     return chosen
 
 
-def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any]) -> list[Callback]:
+def build_callbacks(
+    cfg: Config, masks: L0Masks | None, dataset: Any, info: dict[str, Any], guide: Guide | None = None
+) -> list[Callback]:
     """Ours, then Composer's monitors."""
     d = cfg.callbacks.data_loading
     folder = Path(cfg.save_folder) if cfg.save_folder else None
@@ -87,6 +90,8 @@ def build_callbacks(cfg: Config, masks: L0Masks | None, dataset: Any, info: dict
     ours.append(LossMonitor(names, folder / "evaluations.jsonl" if folder else None))
     if masks is not None and l0 is not None:
         ours.append(PruningCallback(masks, l0.eval_target_model, folder / "gates" if folder else None))
+    if guide is not None and guide.hidden is not None:
+        ours.append(HiddenWeight(guide.hidden))
     ours.append(
         DynamicLoadingCallback(
             dataset, d.target_loss, dynamic=d.dynamic, update_type=d.update_type, eta=d.eta, c=d.c,
@@ -203,6 +208,7 @@ def build_trainer(
     if masks is not None:
         start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
     hf_model = load_model(source, cfg)
+    guide = build_guide(cfg, source, train.dataloader.dataset)
     model = ShearingModel(
         hf_model,
         masks,
@@ -210,7 +216,7 @@ def build_trainer(
         eval_target_model=l0.eval_target_model if l0 else False,
         round_to=l0.round_to if l0 else 1,
         autocast=cpu_autocast(cfg, device),
-        teacher=build_guide(cfg, source, train.dataloader.dataset),
+        teacher=guide,
     )
     generation = getattr(hf_model, "generation_config", None)
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
@@ -224,7 +230,7 @@ def build_trainer(
             optimizers=build_optimizer(optimizer_groups(hf_model, source.table, masks, cfg), cfg),
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
-            callbacks=[*build_callbacks(cfg, masks, dataset, info), *safety],
+            callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *safety],
             loggers=build_loggers(cfg),
             device=device,
             **trainer_options(cfg, device),

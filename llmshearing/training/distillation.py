@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmshearing.checkpoints.checkpoint import is_checkpoint, read_checkpoint
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config
-from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.storage import load_weights
 from llmshearing.training.cache.codec import Codec
-from llmshearing.training.hidden import HiddenStates, recorded
+from llmshearing.training.hidden import HiddenStates, build_hidden, recorded
 from llmshearing.training.source import Source
 from llmshearing.training.sparse import SAMPLED, content_keys, sparse_targets
 from llmshearing.training.targets import Answer, Dense, Guide, View
@@ -90,16 +90,16 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
         raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}; take one")
     recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
     _check_tokenizers(path, cfg.tokenizer_name or recorded)
-    return _teacher(model, asked)
-
-
-def _teacher(model: PreTrainedModel, asked: Distill) -> Teacher:
-    return Teacher(model, asked.weight, asked.ce, asked.temperature, top_k=asked.top_k, tail=asked.tail)
+    hidden = build_hidden(asked, model.config, source.table)
+    return Teacher(model, asked.weight, asked.ce, asked.temperature, hidden, top_k=asked.top_k, tail=asked.tail)
 
 
 def _load(path: str) -> PreTrainedModel:
     if not is_checkpoint(path):
-        return load_hf_model(path, torch.float32)
+        try:
+            return load_hf_model(path, torch.float32)
+        except ShearingError as error:
+            raise ShearingError(f"distill.teacher = {path}: {error}") from error
     checkpoint = read_checkpoint(path)
     if checkpoint.masks:
         raise ShearingError(f"distill.teacher: {path} still has its pruning masks; fold it first")
@@ -109,8 +109,21 @@ def _load(path: str) -> PreTrainedModel:
 
 
 def _check_tokenizers(teacher: str, student: str | None) -> None:
-    """Refuse a teacher whose tokenizer is known to be another one, where both are at hand as files."""
+    """Refuse a teacher whose tokenizer is known to be another one, where both are at hand as files.
+
+    Files that differ may still say the same, as after writing them again: then their ids are compared.
+    """
     for name in TOKENIZER:
         one, other = Path(teacher) / name, Path(student or "") / name
-        if one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes():
+        if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
+            continue
+        if name != "tokenizer.json" or _ids(one) != _ids(other):
             raise ShearingError(f"distill.teacher = {teacher} has another {name} than {student}: ids mean other tokens")
+
+
+def _ids(path: Path) -> dict[str, int] | None:
+    """Token -> id of a `tokenizer.json`; None where it is none."""
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception:  # tokenizers raises bare exceptions
+        return None

@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmshearing.fold.selection import Selection, Units
+from llmshearing.config.schema import Distill
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+from llmshearing.families.table import Table
+from llmshearing.fold.selection import Selection, Units, check_selection, load_selection
 from llmshearing.training.targets import View
 
 HIDDEN = "hidden"
@@ -107,3 +111,48 @@ def hidden_losses(own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views
         h, target = own[layer].to(wide), theirs[end].to(wide)
         losses.append((h - target).square().mean((1, 2)) / target.square().mean((1, 2)))
     return torch.stack(losses).mean(0)
+
+
+def build_hidden(asked: Distill, teacher: Any, student: Table) -> HiddenStates | None:
+    """How ``distill.hidden`` follows hidden states; None where it is 0.
+
+    Args:
+        teacher: its config. student: the table of the model that is trained.
+
+    Raises:
+        ShearingError: the selection is not one of the teacher, or made another model than the student.
+    """
+    if not asked.hidden:
+        return None
+    whole = table_for(teacher)
+    layers, selection = whole.layers, None
+    if asked.selection is not None:
+        selection = _selection(asked.selection, teacher, student)
+    elif (found := (layers, whole.axes[HIDDEN].length)) != (own := (student.layers, student.axes[HIDDEN].length)):
+        raise ShearingError(
+            f"distill.hidden = {asked.hidden}: the teacher has {found[0]} layers of {found[1]} hidden units, the model "
+            f"under masks {own[0]} of {own[1]}; leave distill.teacher out"
+        )
+    return HiddenStates(selection, layers, asked.hidden, asked.hidden_until)
+
+
+def _selection(path: str, teacher: Any, student: Table) -> Selection:
+    selection, _ = load_selection(path)
+    problems = []
+    for mode in ("group", "query"):
+        table = table_for(teacher, mode)
+        try:
+            check_selection(table, selection)
+            break
+        except ShearingError as error:
+            problems.append(str(error))
+    else:
+        raise ShearingError(f"distill.selection = {path} is not one of the teacher: {problems[0]}")
+    kept = selection.units[HIDDEN][0].index if HIDDEN in selection.units else range(table.axes[HIDDEN].length)
+    found = len(kept), len(selection.kept_layers(table.layers))
+    if found != (want := (student.axes[HIDDEN].length, student.layers)):
+        raise ShearingError(
+            f"distill.selection = {path} keeps {found[0]} hidden units and {found[1]} layers of the teacher, the model "
+            f"has {want[0]} and {want[1]}: name the selection that made it"
+        )
+    return selection

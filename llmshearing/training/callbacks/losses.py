@@ -18,6 +18,9 @@ from llmshearing.training.model import DomainLoss
 
 log = logging.getLogger(__name__)
 
+FOLLOWED = ("divergence", "hidden")
+"""What of a teacher the objective holds, by name in the model's outputs."""
+
 
 def evaluated_losses(state: State) -> list[float]:
     """Each domain's loss in the evaluation that has just ended, over all ranks; NaN without a sample."""
@@ -49,25 +52,31 @@ class LossMonitor(Callback):
         self.set_names = list(set_names)
         self.record = Path(record) if record is not None else None
         self.metric = DomainLoss(len(set_names))
+        self.followed = {name: DomainLoss(1) for name in FOLLOWED}
+        self.seen: set[str] = set()
         self.penalty: torch.Tensor | None = None
-        self.divergence: torch.Tensor | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Forget the last batch."""
-        self.metric = self.metric.to(state.device._device)
-        self.metric.reset()
+        for metric in (self.metric, *self.followed.values()):
+            metric.to(state.device._device).reset()
+        self.seen.clear()
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Take a microbatch's losses."""
         self.metric.update(state.outputs["sample_loss"], state.batch["set"])
         self.penalty = state.outputs["penalty"].detach() if "penalty" in state.outputs else None
-        self.divergence = state.outputs["divergence"].detach().mean() if "divergence" in state.outputs else None
+        for name in FOLLOWED:
+            if name in state.outputs:
+                self.followed[name].update(state.outputs[name], torch.zeros_like(state.batch["set"]))
+                self.seen.add(name)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the batch."""
         mean = self.metric.compute()
-        named_extra = {"loss/train/lagrangian": self.penalty, "loss/train/divergence": self.divergence}
-        extra = {name: value.to(mean) for name, value in named_extra.items() if value is not None}
+        extra = {} if self.penalty is None else {"loss/train/lagrangian": self.penalty.to(mean)}
+        # Means over microbatches and ranks, as of the cross-entropy. The names' order is the same on all ranks.
+        extra |= {f"loss/train/{name}": self.followed[name].compute() for name in FOLLOWED if name in self.seen}
         # One transfer from the device.
         cross_entropy, *others = torch.cat([torch.stack([mean, *extra.values()]), self.metric.by_domain]).tolist()  # type: ignore[list-item]
         metrics = {
