@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.recover import commands
-from benchmarks.recover.configuration import configuration
+from benchmarks.recover.configuration import Start, configuration, started
 from benchmarks.recover.rows import ROWS, Row, Training
 from benchmarks.recover.settings import Setting
 from llmshearing.training.evaluation import domain_losses, eval_batches
@@ -62,31 +62,30 @@ def source_losses(setting: Setting, root: Path) -> dict[str, float]:
 
 def run_cell(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
     """All stages of a cell; what an earlier call has made is kept. The record says what came out."""
-    row, folder, start = ROWS[cell.row], root / "cells" / cell.name, time.monotonic()
+    row, folder, begun = ROWS[cell.row], root / "cells" / cell.name, time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "log.txt"
     data, held_out = commands.prepare(setting, root, cell.seed)
-    places = {"data": data, "held_out": held_out, "seed": cell.seed}
-    targets = source_losses(setting, root)
-    model = commands.cut(setting, root, data, cell.seed, row.cuts)
+    places: dict[str, Any] = {"data": data, "held_out": held_out, "seed": cell.seed}
+    places |= {"targets": source_losses(setting, root)}
+    begin = started(commands.cut(setting, root, data, cell.seed, row.cuts), setting.source)
     if row.scratch:
-        model = commands.scratch(setting, root, model, cell.seed)
-    seconds = {"cut": time.monotonic() - start}
+        begin = replace(begin, model=commands.scratch(setting, root, begin.model, cell.seed))
+    seconds = {"cut": time.monotonic() - begun}
     used, curve = 0, []
     if row.masks is not None:
         steps, per_step = stage_steps(setting, row.masks, round(cell.budget * row.masks.share))
-        made = configuration(
-            setting, row.masks, model=model, folder=folder / "masks", steps=steps, l0=row.l0, targets=targets, **places
-        )
-        model = commands.fold(log_file, commands.train(log_file, made, folder / "masks"))
+        made = configuration(setting, row.masks, start=begin, folder=folder / "masks", steps=steps, l0=row.l0, **places)
+        folded = commands.fold(log_file, commands.train(log_file, made, folder / "masks"))
+        begin = Start(folded, begin.model, folded.with_suffix(".selection.safetensors"))
         used = steps * per_step
         curve += evaluations(folder / "masks", 0, per_step)
     training = row.recovery(cell.budget)
     steps, per_step = stage_steps(setting, training, cell.budget - used)
-    seconds["masks"] = time.monotonic() - start - sum(seconds.values())
-    made = configuration(setting, training, model=model, folder=folder / "run", steps=steps, targets=targets, **places)
+    seconds["masks"] = time.monotonic() - begun - sum(seconds.values())
+    made = configuration(setting, training, start=begin, folder=folder / "run", steps=steps, **places)
     commands.train(log_file, made, folder / "run")
-    seconds["train"] = time.monotonic() - start - sum(seconds.values())
+    seconds["train"] = time.monotonic() - begun - sum(seconds.values())
     after = evaluations(folder / "run", used, per_step)
     return {
         "row": cell.row, "seed": cell.seed, "budget": cell.budget, "tokens": used + steps * per_step,

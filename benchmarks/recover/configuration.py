@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,26 @@ from benchmarks.recover.settings import Setting
 from llmshearing.checkpoints.output import REPORT, SELECTION
 
 
-def cut_from(model: Path) -> Path:
-    """The model that a directory of `prune` was made of."""
-    return Path(json.loads((model / REPORT).read_text())["source"])
+@dataclass(frozen=True)
+class Start:
+    """A model to train, and what it was made of."""
+
+    model: Path
+    origin: Path
+    """The model whose units and layers it has: the source, or the source turned."""
+    selection: Path
+    """Which of them."""
+
+
+def started(model: Path, source: Path) -> Start:
+    """Of a directory that `prune` wrote, or of the source itself."""
+    if model == source:
+        return Start(model, model, model)
+    return Start(model, Path(json.loads((model / REPORT).read_text())["source"]), model / SELECTION)
 
 
 def configuration(
-    setting: Setting, training: Training, *, model: Path, data: Path, held_out: Path, folder: Path, seed: int,
+    setting: Setting, training: Training, *, start: Start, data: Path, held_out: Path, folder: Path, seed: int,
     steps: int, l0: Mapping[str, Any] | None = None, targets: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The YAML of a stage. l0: of the masks; None: there are none.
@@ -31,7 +45,7 @@ def configuration(
     made: dict[str, Any] = {
         "data_local": str(data), "tokenizer_name": str(setting.source), "max_seq_len": setting.length,
         "global_seed": seed, "run_name": folder.name,
-        "model": {"path": str(model)},
+        "model": {"path": str(start.model)},
         "train_loader": {"dataset": {"split": "for_ft" if l0 is None else "for_prune"}},
         "eval_loader": {"dataset": {"local": str(held_out), "split": "eval_merge"}, "drop_last": False},
         "scheduler": {"name": "cosine_with_warmup", "t_warmup": f"{warmup}ba", "alpha_f": 0.05},
@@ -53,12 +67,12 @@ def configuration(
     if training.dynamic and targets is not None:
         mixture = {"update_type": "doremi", "target_loss": [targets[name] for name in names]}
         made["callbacks"]["data_loading"] |= mixture
+        made["eval_interval"] = f"{max(1, steps // 16)}ba"  # each evaluation updates it
     if training.distill is not None:
-        made["distill"] = {"teacher": str(setting.source), **training.distill}
-        if training.distill.get("hidden") and l0 is None:
-            made["distill"] |= {"teacher": str(cut_from(model)), "selection": str(model / SELECTION)}
-        elif l0 is not None:
-            made["distill"]["teacher"] = None
+        # under masks no teacher is named: the run's own source
+        made["distill"] = {"teacher": str(setting.source) if l0 is None else None, **training.distill}
+        if training.distill.get("hidden"):
+            made["distill"] |= {"teacher": str(start.origin), "selection": str(start.selection)}
     if l0 is not None:
         made["model"]["l0_module"] = {"eval_target_model": True, "target_model": setting.mask_target, **l0}
         made["scheduler"] = {"name": "constant_with_warmup", "t_warmup": f"{warmup}ba"}

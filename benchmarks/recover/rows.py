@@ -111,10 +111,22 @@ ROWS: dict[str, Row] = {
     "turned-kl": Row("turned Fisher, KL", Training(lr=2e-3, distill=KL), (TURN, FISHER)),
     **_pair("published", Row("learned masks as published", PLAIN, masks=STAGE, l0=PUBLISHED)),
 }
+INFORMED = {"start": "fisher", "start_samples": 128, "constraint": "exact", "noise": 0.3}
+CAREFUL = Training(batch=2, lr=5e-4, optimizer={"lag_lr": 0.03, "schedule_masks": False}, share=0.0375)
+FINISHED = Row("the same, trained as ours", OURS, (TURN,), masks=replace(CAREFUL, distill=KL), l0=INFORMED, short=SHORT)
 ROWS |= {
+    **_pair("masks", Row("learned masks, turned and informed", PLAIN, (TURN,), masks=CAREFUL, l0=INFORMED)),
+    "masks-ours": FINISHED,
+    "masks-ours-dynamic": replace(
+        FINISHED,
+        label="the same, dynamic mixture",
+        training=replace(OURS, dynamic=True),
+        masks=replace(CAREFUL, distill=KL, dynamic=True),
+    ),
     "ours-turned": Row("turned Fisher, trained as ours", OURS, (TURN, FISHER), short=SHORT),
     "ours-adamw": Row("ours with AdamW", ADAMW, BEST),
     "ours": Row("ours", OURS, BEST, short=SHORT),
+    "ours-dynamic": Row("ours, dynamic mixture", replace(OURS, dynamic=True), BEST),
 }
 DEFAULT = ["published", "activation-kl", "scratch", "turned-kl"]
 """What runs where no row is named."""
