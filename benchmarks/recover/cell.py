@@ -98,7 +98,7 @@ def run_cell(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
 
 def stage_steps(setting: Setting, training: Training, tokens: int) -> tuple[int, int]:
     """Steps that ``tokens`` suffice for, and tokens of a step."""
-    per_step = training.batch * setting.length
+    per_step = min(training.batch, setting.largest_batch) * setting.length
     return max(1, tokens // per_step), per_step
 
 

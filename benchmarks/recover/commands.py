@@ -109,6 +109,7 @@ def cut(setting: Setting, root: Path, data: Path, seed: int, cuts: Sequence[Cut]
                 words += ["--report_samples", "8", "--report_split", "for_ft"]
                 words += ["--seed", str(seed)] if step.method == "random" else []
                 words += ["--target", *target] if target else []
+                words += setting.turning if step.method == "turn" else ()
                 command(output.with_suffix(".log"), *words, *step.options)
         model = output
     return model

@@ -40,7 +40,7 @@ def configuration(
 
     targets: the source's loss by domain, for a dynamic mixture.
     """
-    names = domains(data)
+    names, batch = domains(data), min(training.batch, setting.largest_batch)
     warmup = max(1, round(steps * (0.05 if l0 is None else 0.1)))
     made: dict[str, Any] = {
         "data_local": str(data), "tokenizer_name": str(setting.source), "max_seq_len": setting.length,
@@ -54,8 +54,8 @@ def configuration(
         },
         "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}},
         "max_duration": f"{steps}ba", "eval_first": True, "eval_interval": f"{max(1, steps // 4)}ba",
-        "global_train_batch_size": training.batch,
-        "device_train_microbatch_size": min(training.batch, setting.microbatch),
+        "global_train_batch_size": batch,
+        "device_train_microbatch_size": min(batch, setting.microbatch),
         "device_eval_batch_size": setting.microbatch,
         "callbacks": {"data_loading": {
             "dynamic": True, "set_names": names, "proportion": [1 / len(names)] * len(names),

@@ -34,6 +34,11 @@ class Setting:
     length: int = 256
     """Tokens of a sequence."""
     microbatch: int = 16
+    """Sequences of a forward pass."""
+    largest_batch: int = 16
+    """Sequences of a step, where a row asks for more."""
+    turning: tuple[str, ...] = ()
+    """Further options of `prune turn`."""
     separator: str | None = None
     """BOS and EOS where the tokenizer's own are for something else."""
 
@@ -58,5 +63,5 @@ def smollm2(path: Path) -> Setting:
     target = {HIDDEN: 384, HEADS: 6, GROUPS: 2, MLP: 1024, LAYERS: 22}
     return Setting(
         "smollm2", path / "source", path / "corpus", None, target, (174_080,), eval_seqs=16, samples=32, microbatch=2,
-        separator="<|endoftext|>",
+        largest_batch=4, turning=("--untie",), separator="<|endoftext|>",
     )  # fmt: skip
