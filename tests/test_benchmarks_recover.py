@@ -97,6 +97,7 @@ def test_rows_end_in_models_of_the_loss_that_the_table_says(place, capsys) -> No
     assert {**old, "seconds": None} == {**new, "seconds": None}
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_exit_code_says_so(place, tmp_path, caplog) -> None:
     given = ["random", "--lab", str(place), "--output", str(tmp_path), "--results", str(tmp_path), "--seeds", "0"]
     given += ["--length", str(SEQ), "--tokens", str(BUDGET), "--jobs", "1", "--target", "hidden_size=999"]
