@@ -78,6 +78,10 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     command.add_argument("--save_gpu_memory", action="store_true", help="have one layer at a time on the device")
     command.add_argument("--pad", action="store_true", help="fill layers of unequal sizes with zeros to the largest")
+    command.add_argument("--refit", action="store_true", help="fit what stays to what the source says, in closed form")
+    command.add_argument(
+        "--refit_ridge", type=float, default=0.1, help="how much a refit holds on to the cut tensors (%(default)s)"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 

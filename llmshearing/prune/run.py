@@ -29,17 +29,19 @@ from llmshearing.checkpoints.output import REPORT, check_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
-from llmshearing.families.names import LAYERS
+from llmshearing.families.names import HIDDEN, LAYERS
 from llmshearing.families.table import Table
-from llmshearing.prune.apply import check_layers, folded, shortened, write
+from llmshearing.prune.apply import Result, check_layers, folded, shortened, write
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
+from llmshearing.prune.refit import check_refittable
+from llmshearing.prune.refit import refit as refit_model
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
 from llmshearing.prune.targets import DROP, Target, resolve_target
 from llmshearing.storage import LazyTensor, open_weights
-from llmshearing.storage.dtypes import main_dtype
+from llmshearing.storage.dtypes import cast, main_dtype
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ def prune(
     save_gpu_memory: bool = False,
     pad: bool = False,
     overwrite: bool = False,
+    refit: bool = False,
+    refit_ridge: float = 0.1,
     **options: Any,
 ) -> Pruned:
     """Prune a Hugging Face model and write the result as one.
@@ -81,6 +85,7 @@ def prune(
         target: keys of the config that shrink, ``drop_layers``, or ``ratio``; see `llmshearing.prune.targets`.
         calibration: MDS data, JSONL or text; see `llmshearing.prune.calibration`. Without it there is no perplexity.
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
+        refit, refit_ridge: fit what stays to what the source says, in closed form; see `llmshearing.prune.refit`.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
         options: the method's own.
 
@@ -93,6 +98,8 @@ def prune(
         raise ShearingError(f"output {output} is the source; give another directory")
     plan = make_plan(method, _config(model), {"save_gpu_memory": save_gpu_memory, **target}, options)
     data = _calibration(calibration, model, plan.config, sequences)
+    if refit:
+        _check_refit(plan, data, pad)
     if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
     dtypes = _dtypes(model, plan)
@@ -107,6 +114,8 @@ def prune(
     if table:  # a method that parts tied tensors has changed the source's config
         table = table_for(source.config, plan.target.head_mode)
         result = folded(source, table, choice, dtypes, pad)
+        if refit and data is not None:
+            choice = _refitted(source, result, table, choice, data, refit_ridge, device)
     else:
         result = shortened(source, plan.table, choice, dtypes)
     with placed(result.model, device, plan):
@@ -131,6 +140,41 @@ def _dtypes(model: Path | str, plan: Plan) -> dict[str, torch.dtype]:
     if plan.table.tensors:
         entries = as_loaded(model, entries, plan.config, plan.table)
     return {name: tensor.dtype for name, tensor in entries.items()}
+
+
+def _check_refit(plan: Plan, data: Calibration | None, pad: bool) -> None:
+    """Refuse before the work what cannot be refitted."""
+    if HIDDEN not in plan.method.sizes and LAYERS not in plan.method.sizes:
+        raise ShearingError(f"refit: method {plan.method.name} cuts no units and layers that others could make up for")
+    if not plan.table.tensors:
+        raise ShearingError("refit: the model has no table that says which tensors read and write hidden states")
+    if data is None:
+        raise ShearingError("refit needs sequences to fit to: give --calibration (MDS data, JSONL or text)")
+    if pad:
+        raise ShearingError("refit and pad: padding has to stay 0; refit first, pad the result")
+    check_refittable(plan.table)
+
+
+def _refitted(
+    source: PreTrainedModel,
+    result: Result,
+    table: Table,
+    choice: Choice,
+    data: Calibration,
+    ridge: float,
+    device: str,
+) -> Choice:
+    """Refit the model of ``result``, again in the dtypes to be stored; the choice tells the losses."""
+    try:
+        source.to(device), result.model.to(device)
+        losses = refit_model(source, result.model.eval(), table, choice.selection, data, ridge)
+    finally:
+        source.to("cpu"), result.model.to("cpu")
+    with torch.no_grad():
+        for name, value in result.model.state_dict().items():
+            value.copy_(cast(name, value, result.dtypes[name]))
+    told = {"ridge": ridge, "before": losses.before, "after": losses.after, "kept": losses.kept}
+    return replace(choice, about={**choice.about, "refit": told})
 
 
 def _check_dropped(plan: Plan, source: PreTrainedModel) -> None:

@@ -41,7 +41,13 @@ class CachedTeacher(Guide):
         self.cache, self.set_names = cache, set_names
 
     def ask(self, batch: Mapping[str, Tensor], view: View | None = None) -> Answer:
-        """See :meth:`Guide.ask`. There are no hidden states in a cache."""
+        """See :meth:`Guide.ask`.
+
+        Raises:
+            ShearingError: a view is asked for, or the cache has not what the batch's samples are (`TeacherCache`).
+        """
+        if view is not None:
+            raise ShearingError("distill.cache: there are no hidden states in a teacher's cache; distill.hidden = 0")
         sets = batch["set"].tolist()
         domains = [ONE_FOLDER if self.set_names is None else self.set_names[number] for number in sets]
         return Answer(self.cache.targets(domains, batch["sample"].tolist(), batch["input_ids"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -59,12 +60,24 @@ def _checkpoint(name: Path | str) -> Checkpoint:
 
 
 def tokenizer_hash(directory: str | None) -> str | None:
-    """SHA-256 of the tokenizer's file in a directory; None where it has none."""
-    files = [Path(directory or "") / name for name in TOKENIZERS] if directory else []
-    for file in files:
+    """Name and SHA-256 of the tokenizer's file in a directory; None where it has none.
+
+    Of a `tokenizer.json` its tokens and their ids count: written again, it may look different.
+    """
+    for name in TOKENIZERS if directory else ():
+        file = Path(str(directory)) / name
         if file.is_file():
-            return f"{file.name} {sha256(file.read_bytes()).hexdigest()}"
+            return f"{name} {sha256(_said_by(file)).hexdigest()}"
     return None
+
+
+def _said_by(file: Path) -> bytes:
+    if file.suffix != ".json":
+        return file.read_bytes()
+    try:
+        return json.dumps(sorted(Tokenizer.from_file(str(file)).get_vocab().items())).encode()
+    except Exception:  # tokenizers raises bare exceptions
+        return file.read_bytes()
 
 
 def _hash_config(values: Mapping[str, Any]) -> str:

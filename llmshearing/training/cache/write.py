@@ -148,6 +148,7 @@ def ids_checksum(ids: np.ndarray[Any, Any]) -> int:
 
 
 def _tidy(output: Path) -> None:
-    """Remove locks, and what a killed run left unfinished."""
-    for file in [*output.glob(".*.lock"), *output.glob("*/.*.lock"), *output.glob(".*.tmp"), *output.glob("*/.*.tmp")]:
-        file.unlink(missing_ok=True)
+    """Remove the locks of parts, and what killed processes left of parts; others may be finishing at this moment."""
+    for pattern in (".*.bin.lock", ".*.bin.tmp"):
+        for file in [*output.glob(pattern), *output.glob(f"*/{pattern}")]:
+            file.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Runs that follow a cache: the bits of a live teacher, under any mixture, number of ranks and resume."""
 
+import json
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ from llmshearing.training.cache.read import TeacherCache
 from llmshearing.training.distillation import Teacher
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.source import read_source
+from llmshearing.training.targets import View
 
 
 @pytest.mark.parametrize(("top_k", "tail"), [(32, "sampled"), (7, "bucket"), (VOCAB, "bucket"), (VOCAB, "sampled")])
@@ -151,7 +153,12 @@ def test_a_cache_of_another_vocabulary_is_refused(place, tmp_path):
     refused(place, tmp_path, f"its teacher has vocab_size {VOCAB}, the model has {VOCAB + 16}", source=small)
     other = write_teacher(tmp_path / "tokens")
     file = other / "tokenizer.json"
-    file.write_text(file.read_text() + "\n")
+    file.write_text(file.read_text() + "\n")  # the same tokens, written again
+    build(place, tmp_path, cache=str(place.cache), source=other)
+    said = json.loads(file.read_text())
+    vocab = said["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(said))
     refused(place, tmp_path, "its teacher has another tokenizer.json than", source=other)
 
 
@@ -163,8 +170,11 @@ def test_other_settings_than_the_cache_has_are_refused(place, tmp_path):
 
 
 def test_hidden_states_need_a_live_teacher(place, tmp_path):
-    with pytest.raises(ConfigError, match="distill.hidden = .*distill.cache"):
+    with pytest.raises(ConfigError, match="distill.hidden = 1.0 beside distill.cache: a cache has no hidden states"):
         build(place, tmp_path, cache=str(place.cache), hidden=1.0)
+    guide, view = CachedTeacher(TeacherCache(place.cache), NAMES), View((0,))
+    with pytest.raises(ShearingError, match="no hidden states in a teacher's cache"):
+        guide.ask({"set": torch.tensor([0])}, view)
 
 
 def test_a_plain_split_is_one_folder(place, tmp_path):

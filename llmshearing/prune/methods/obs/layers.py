@@ -75,7 +75,7 @@ class Running:
     def advance(self, number: int) -> None:
         """Go on to the next layer: ``states`` becomes what this one writes."""
         for at, batch in enumerate(self.states.split(self.batch_size)):
-            batch.copy_(self._run(number, at))
+            batch.copy_(self.run(number, at))
         self.read.clear()
 
     def _until(self, number: int, at: int, linear: nn.Module) -> Tensor:
@@ -88,14 +88,14 @@ class Running:
 
         hook = linear.register_forward_pre_hook(keep)
         try:
-            self._run(number, at)
+            self.run(number, at)
         except _Stop:
             pass
         finally:
             hook.remove()
         return seen[0]
 
-    def _run(self, number: int, at: int) -> Tensor:
+    def run(self, number: int, at: int) -> Tensor:
         """Run the current layer on a batch. A module whose projection has recorded inputs starts from these."""
         batch = self.states.split(self.batch_size)[at]
         args, kwargs = self.arguments[len(batch)][number]
