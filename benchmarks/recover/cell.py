@@ -62,8 +62,12 @@ def source_losses(setting: Setting, root: Path) -> dict[str, float]:
 
 def run_cell(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
     """All stages of a cell; what an earlier call has made is kept. The record says what came out."""
+    with commands.alone(root / "cells" / cell.name):
+        return _run(setting, cell, root)
+
+
+def _run(setting: Setting, cell: Cell, root: Path) -> dict[str, Any]:
     row, folder, begun = ROWS[cell.row], root / "cells" / cell.name, time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "log.txt"
     data, held_out = commands.prepare(setting, root, cell.seed)
     places: dict[str, Any] = {"data": data, "held_out": held_out, "seed": cell.seed}

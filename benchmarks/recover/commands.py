@@ -57,6 +57,15 @@ def stop() -> None:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Work in a folder while no other process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def once(makes: Path) -> Iterator[bool]:
     """Whether ``makes`` has yet to be made; other processes that want it wait meanwhile."""
     makes.parent.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,7 @@ ACTIVATION = Cut("activation", passes=2 / 3)  # width, then the layers' influenc
 WIDE = Cut("activation", (HIDDEN, LAYERS), passes=2 / 3)
 OBS = Cut("obs", (HEADS, GROUPS, MLP), passes=1 / 3)
 FISHER = Cut("fisher", passes=1)
+REFIT = Cut("fisher", options=("--refit",), passes=2)
 STAGE = Training(lr=1e-3, optimizer={"lag_lr": 1.0, "schedule_masks": False}, share=0.25)
 PUBLISHED = {"start": "open", "lagrangian_warmup_steps": "0.2dur"}
 
@@ -123,6 +124,7 @@ ROWS |= {
         training=replace(OURS, dynamic=True),
         masks=replace(CAREFUL, distill=KL, dynamic=True),
     ),
+    "ours-refit": Row("turned Fisher, refit, trained as ours", OURS, (TURN, REFIT), short=SHORT),
     "ours-turned": Row("turned Fisher, trained as ours", OURS, (TURN, FISHER), short=SHORT),
     "ours-adamw": Row("ours with AdamW", ADAMW, BEST),
     "ours": Row("ours", OURS, BEST, short=SHORT),
