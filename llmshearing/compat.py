@@ -29,3 +29,7 @@ HEADS_DIVIDE_HIDDEN = FIVE
 
 FEWEST_HEADS = 1 if FIVE else 0
 """Query heads of a row without which attention fails."""
+
+RECORD_WITH_CACHE = not FIVE
+"""Whether to use a cache where a layer's arguments are recorded to run it alone: 4.57 then leaves the causal mask to the
+attention kernel, and 5 makes masks of sliding windows that are as wide as the cache."""

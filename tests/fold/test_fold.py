@@ -251,7 +251,7 @@ def test_closed_blocks_as_zeros_keep_the_function():
 
 
 def test_units_of_a_shape_are_the_targets_of_its_masks():
-    config = tiny_config(num_attention_heads=6, num_key_value_heads=3, hidden_size=16)
+    config = tiny_config(num_attention_heads=6, num_key_value_heads=3, hidden_size=18)
     shape = {"hidden_size": 8, "intermediate_size": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
     grouped = table_for(config).units({**shape, "vocab_size": 23})
     assert grouped == {"hidden": 8, "intermediate": 5, "head": 2, "vocab": 23}
