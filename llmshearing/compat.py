@@ -31,5 +31,5 @@ FEWEST_HEADS = 1 if FIVE else 0
 """Query heads of a row without which attention fails."""
 
 RECORD_WITH_CACHE = not FIVE
-"""Whether to use a cache where a layer's arguments are recorded to run it alone: 4.57 then leaves the causal mask to the
-attention kernel, and 5 makes masks of sliding windows that are as wide as the cache."""
+"""Whether to use a cache where arguments of layers are recorded, to run them alone. 4.57 then leaves the causal mask to
+the attention kernel; 5 makes masks of sliding windows that are as wide as the cache."""

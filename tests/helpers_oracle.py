@@ -1,7 +1,7 @@
 """The activation-gating oracle: a LLaMA that multiplies activations by gates, one head at a time, from the maths alone.
 
-Nothing is cut, and nothing of `llmshearing` takes part. Everything is float64. Gates are full-size, by mask kind: hidden
-[d], head [L, groups or heads], intermediate [L, f], layer, head_layer and mlp [L]; an absent kind is open.
+Nothing is cut, and nothing of `llmshearing` takes part. Everything is float64. Gates are full-size, by mask kind:
+hidden [d], head [L, groups or heads], intermediate [L, f], layer, head_layer and mlp [L]; an absent kind is open.
 
 Shape legend: B batch, T tokens, H query heads, D head_dim, d hidden, f intermediate, L layers.
 """
