@@ -111,12 +111,13 @@ class L0Module:
 
 @dataclass
 class Turn:
-    """Hidden units turned into directions by energy before anything else: the same function (docs/onerun.md)."""
+    """Hidden units turned into directions before anything else: the same function (docs/onerun.md)."""
 
     samples: int = count(128)
     """Sequences of the training split that the directions are found by."""
-    basis: str = choice("energy", "energy")
-    """energy: directions in which the inputs of the norms vary most."""
+    basis: str = choice("energy", "energy", "output")
+    """energy: directions in which the inputs of the norms vary most; output: those first from which what reads them is
+    predicted best, for the number of hidden units of target_model."""
     untie: bool = False
     """Give a head that is the embedding a tensor of its own, as turning needs."""
 
@@ -459,7 +460,7 @@ class Config:
     fsdp_config: Fsdp | None = None
     """Shard the model over the ranks (FSDP 2, on GPUs and on the CPU); null: replicas (DDP). docs/distributed.md."""
     progress_bar: bool = True
-    """Show Composer's progress bar."""
+    """Show how far the run is: one line in a terminal, plain lines now and then in a file."""
     log_to_console: bool = False
     """Log metrics to the console."""
     console_log_interval: str = time("1ba", positive=True)

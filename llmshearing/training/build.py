@@ -26,6 +26,7 @@ from llmshearing.training.callbacks.fold import FoldAt, FoldedInRun
 from llmshearing.training.callbacks.gradients import Gradients
 from llmshearing.training.callbacks.hidden import HiddenWeight
 from llmshearing.training.callbacks.losses import LossMonitor
+from llmshearing.training.callbacks.progress import ProgressLine
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
 from llmshearing.training.devices import has_bfloat16
@@ -123,10 +124,11 @@ class AppendingFileLogger(loggers.FileLogger):
 
 
 def build_loggers(cfg: Config, go_on: bool = False) -> list[Any]:
-    """Composer's loggers of these names. go_on: with the files of the same run's stage before."""
+    """Our line of progress, and Composer's loggers of these names. go_on: with the files of the run's stage before."""
     kinds = {**LOGGERS, **({"file_logger": AppendingFileLogger} if go_on else {})}
     wanted = {name: getattr(cfg.loggers, name) for name in LOGGERS}
-    return [kinds[name](**options) for name, options in wanted.items() if options is not None]
+    line = [ProgressLine()] if cfg.progress_bar else []
+    return line + [kinds[name](**options) for name, options in wanted.items() if options is not None]
 
 
 def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
@@ -149,6 +151,8 @@ def run_info(
     directory = cfg.model.path if before is None else before.tokenizer
     step = "pruned" if masks is not None else "continued pretraining"
     name = f" ({cfg.run_name})" if cfg.run_name else ""
+    turn = cfg.model.turn if source.basis is not None else None
+    turned_so = [] if turn is None else [f"turned hidden units into directions by {turn.basis}"]
     return {
         "hf_config": source.config.to_dict(),
         "masks": mask_info(masks, source.head_mode),
@@ -156,7 +160,7 @@ def run_info(
         "tokenizer": cfg.tokenizer_name or directory,
         "history": [
             *(before.history if before is not None else []),
-            *(["turned hidden units into directions by energy"] if source.basis is not None else []),
+            *turned_so,
             f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
         ],
         "generation_config": before.generation_config if before is not None else generation_config,
@@ -207,7 +211,7 @@ def build_guide(cfg: Config, source: Source, data: MixtureDataset) -> Guide | No
 def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     """Options that Composer's Trainer takes as they are."""
     passed = (
-        "max_duration", "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "load_path",
+        "max_duration", "eval_interval", "log_to_console", "console_log_interval", "load_path",
         "load_weights_only", "save_folder", "save_latest_filename", "autoresume", "dist_timeout", "seed",
         "python_log_level",
     )  # fmt: skip
@@ -215,6 +219,7 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     # Composer finds what to go on from by this name, so that it must be the same each time
     options["run_name"] = cfg.run_name or (Path(cfg.save_folder).name if cfg.autoresume and cfg.save_folder else None)
     options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
+    options["progress_bar"] = False  # ours is one line, see build_loggers
     options["precision"] = "fp32" if device == "cpu" else cfg.precision
     if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
         options["parallelism_config"] = {"fsdp": sharding}

@@ -19,7 +19,6 @@ from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_c
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
-from llmshearing.config.schema import Turn
 from llmshearing.config.shapes import FACTS
 from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
@@ -30,7 +29,7 @@ from llmshearing.families.table import Table
 from llmshearing.fold.fold import config_of_shape
 from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
 from llmshearing.masks.l0 import L0Masks
-from llmshearing.prune.methods.turn import turn_model
+from llmshearing.prune.methods.turn import OUTPUT, turn_model
 from llmshearing.prune.refit import check_refittable
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
@@ -83,7 +82,7 @@ def read_source(cfg: Config) -> Source:
     table = table_for(hf_config)
     shape = complete(table.sizes())
     problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
-    if problems := [*problems, *turn_problems(cfg.model.turn, table, cfg.max_seq_len), *refit_problems(cfg, table)]:
+    if problems := [*problems, *turn_problems(cfg, table), *refit_problems(cfg, table)]:
         raise ShearingError("\n".join(problems))
     stored = None
     if cfg.model.turn is not None and any(spec.alias for spec in table.tensors):
@@ -170,8 +169,9 @@ def _causal(attention: str, config: PretrainedConfig) -> str:
     return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention
 
 
-def turn_problems(turn: Turn | None, table: Table, max_seq_len: int) -> Iterator[str]:
+def turn_problems(cfg: Config, table: Table) -> Iterator[str]:
     """What keeps a source of this table from being turned, as far as that can be told without its weights."""
+    turn, max_seq_len = cfg.model.turn, cfg.max_seq_len
     if turn is None:
         return
     key = "model.turn"
@@ -181,6 +181,12 @@ def turn_problems(turn: Turn | None, table: Table, max_seq_len: int) -> Iterator
         except ShearingError as error:
             yield f"{key}: {error}".replace("Say --untie", f"Say {key}.untie=true")
     tokens, size = turn.samples * max_seq_len, table.axes[HIDDEN].length
+    target = cfg.model.l0_module.target_model if cfg.model.l0_module is not None else None
+    if turn.basis == OUTPUT and not 0 < (target.d_model or 0 if target is not None else 0) < size:
+        yield (
+            f"{key}.basis = {OUTPUT} is made for a number of hidden units that stay: give "
+            f"model.l0_module.target_model.d_model, below {size}, or take energy"
+        )
     if tokens < size:
         yield (
             f"{key}.samples = {turn.samples} of max_seq_len = {max_seq_len}: {tokens:,} tokens cannot tell {size:,} "
@@ -196,6 +202,11 @@ def refit_problems(cfg: Config, table: Table) -> Iterator[str]:
         check_refittable(table)
     except ShearingError as error:
         yield f"model.l0_module.refit: {error}"
+
+
+def kept_units(source: Source) -> int | None:
+    """Hidden units of the target; None where there is none."""
+    return None if source.target is None else source.table.units(source.target)[HIDDEN]
 
 
 def _untied(config: PretrainedConfig) -> PretrainedConfig:

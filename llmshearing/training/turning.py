@@ -8,6 +8,7 @@ the run's own source is turned as it was.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from llmshearing.config.schema import Turn
 from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.errors import ShearingError
 from llmshearing.prune.calibration import Calibration, spread
-from llmshearing.prune.methods.turn import principal_basis
+from llmshearing.prune.methods.turn import ORDER, OUTPUT, find_basis
 from llmshearing.storage import open_archive
-from llmshearing.training.source import Source, load_model
+from llmshearing.training.source import Source, kept_units, load_model
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,17 @@ def turned(source: Source, cfg: Config, data: MixtureDataset, device: str, found
     basis, problem = answer
     if problem is not None:
         raise ShearingError(problem)
-    return replace(source, basis=basis)
+    if cfg.model.turn.basis != OUTPUT:
+        return replace(source, basis=basis)
+    return replace(source, basis=basis, config=_by_order(source.config), stored=_by_order(source.stored))
+
+
+def _by_order(config: Any) -> Any:
+    """The config of a model whose first hidden units are to be kept."""
+    if config is not None:
+        config = copy.deepcopy(config)
+        setattr(config, ORDER, True)
+    return config
 
 
 def _given(cfg: Config) -> Path | None:
@@ -95,9 +106,11 @@ def _computed(turn: Turn, source: Source, cfg: Config, data: MixtureDataset, dev
     calibration = sequences(cfg, data, turn.samples)
     log.info("turning hidden units, by %d sequences of %d tokens", *calibration.select.shape)
     model = load_model(source, cfg).eval().to("cuda" if device == "gpu" else device)
-    basis, energy = principal_basis(model, source.stored_table, calibration)
-    share = energy[: len(energy) // 2].sum() / energy.sum()
-    log.info("turned: the first half of the %d hidden units carries %.1f %% of the energy", len(energy), 100 * share)
+    keep = kept_units(source) if turn.basis == OUTPUT else None
+    basis, energy = find_basis(model, source.stored_table, calibration, keep, untie=turn.untie)
+    first = keep or len(energy) // 2
+    share = 100 * energy[:first].sum() / energy.sum()
+    log.info("turned: the first %d of %d hidden units carry %.1f %% of the energy", first, len(energy), share)
     return basis.cpu()
 
 

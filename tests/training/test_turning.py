@@ -39,15 +39,16 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_run_turns_as_the_command_does(lab, tmp_path, tied):
+@pytest.mark.parametrize(("tied", "basis"), [(False, "energy"), (True, "energy"), (False, "output")])
+def test_a_run_turns_as_the_command_does(lab, tmp_path, tied, basis):
     path = lab.source
     if tied:
         path = tmp_path / "tied"
         make_model(initializer_range=0.1, tie_word_embeddings=True).save_pretrained(path)
     sequences = SequenceOptions(samples=9, report_samples=2, batch_size=4)
-    prune("turn", path, tmp_path / "turned", {}, calibration=lab.data, sequences=sequences, untie=tied)
-    turn = {"samples": 9, "untie": tied}
+    output = {"basis": "output", "keep": 20} if basis == "output" else {}
+    prune("turn", path, tmp_path / "turned", {}, calibration=lab.data, sequences=sequences, untie=tied, **output)
+    turn = {"samples": 9, "untie": tied, "basis": basis}
     cfg = configured(lab, tmp_path, model__path=str(path), model__turn=turn, save_folder=None)
     trainer, _ = trainer_of(cfg)
     command = AutoModelForCausalLM.from_pretrained(tmp_path / "turned")
@@ -58,7 +59,10 @@ def test_a_run_turns_as_the_command_does(lab, tmp_path, tied):
     assert trainer.state.model.model.config.tie_word_embeddings is False
     masks = trainer.state.model.masks
     assert masks.energy.shape == (7, 32) and torch.allclose(masks.energy.sum(-1), torch.ones(7))
-    assert (masks.energy.sum(0).diff()[:8] < 1e-3).all()  # the first directions carry most
+    if basis == "energy":
+        assert (masks.energy.sum(0).diff()[:8] < 1e-3).all()  # the first directions carry most
+    else:
+        assert trainer.state.model.model.config.hidden_units_by_order is True
     trainer.close()
 
 
@@ -71,7 +75,7 @@ def test_the_source_is_turned_once_and_resumes_to_the_same_bits(lab, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         broken.fit()
     broken.close()
-    monkeypatch.setattr(turning, "principal_basis", lambda *_: pytest.fail("turned again"))
+    monkeypatch.setattr(turning, "find_basis", lambda *_, **__: pytest.fail("turned again"))
     train(configured(lab, tmp_path / "parts", **changes))
     one, other = (read_checkpoint(tmp_path / name / "run") for name in ("whole", "parts"))
     for part in ("weights", "masks"):
