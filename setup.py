@@ -20,6 +20,7 @@ def read_version() -> str:
     return found.group(1)
 
 
+EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "peft>=0.17", "matplotlib>=3.8"]
 EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
     "flash-attn": ["flash-attn>=2.5"],
@@ -29,9 +30,11 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],
     # plots of llmshearing.data.mixture.target_loss
     "plot": ["matplotlib>=3.8"],
+    # tasks and the plot of llmshearing evaluate; fsspec is left to pip, Composer's extras would pin old versions
+    "eval": EVAL,
     "dev": [
+        *EVAL,
         "pyarrow>=15",
-        "matplotlib>=3.8",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
         "moto[s3]>=5",
         "flask>=2.2",
@@ -56,7 +59,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),
     entry_points={"console_scripts": ["llmshearing=llmshearing.cli:main"]},
-    package_data={"llmshearing": ["scripts/*.sh"]},
+    package_data={"llmshearing": ["scripts/*.sh", "evaluate/tasks/*.yaml"]},
     install_requires=read_requirements(),
     extras_require=EXTRAS,
 )

@@ -4,6 +4,7 @@ Importing this package makes models whose layers differ in size known to transfo
 transformers is imported; it imports neither transformers nor torch itself.
 """
 
+import sys
 from types import ModuleType
 
 from wrapt import when_imported
@@ -14,8 +15,14 @@ __version__ = "0.2.0"
 moved.install()
 
 
+MODELS = "transformers.models.auto.modeling_auto"
+
+
 @when_imported("transformers.models.auto.configuration_auto")
+@when_imported(MODELS)
 def _register(module: ModuleType) -> None:
+    if MODELS in sys.modules and not hasattr(sys.modules[MODELS], "MODEL_MAPPING_NAMES"):
+        return  # it is being imported, and configs of transformers 5 look into it: its own turn comes
     from llmshearing.families.nonuniform.config import register
 
     register()

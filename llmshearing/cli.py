@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "fold": ("checkpoints.cli", "fold", "cut a pruning run's checkpoint to the compact model"),
     "convert": ("checkpoints.cli", "composer_to_hf", "checkpoint -> Hugging Face directory, or back"),
     "compare": ("checkpoints.cli", "test_composer_hf_eq", "compare a Hugging Face model with a checkpoint"),
+    "evaluate": ("evaluate.__main__", "main", "judge models side by side: loss, tasks, cost, speed"),
     "pad": ("prune.pad", "main", "fill layers of unequal sizes to a plain model"),
 }
 """What the user types -> the module below the package, its function of the arguments, one line."""
@@ -41,6 +42,9 @@ On N processes (GPUs): composer -n N llmshearing/train.py in place of llmshearin
 
 In one shot, without training:
   llmshearing prune obs --model models/source --output out/small --ratio 0.25 --calibration data/mds
+
+What it is worth:
+  llmshearing evaluate out/small --source models/source --data data/mds
 """
 HELP = ("-h", "--help")
 

@@ -42,7 +42,9 @@ def run(
         level: of the log. form: of its lines. Both count only where the program has set up no log yet.
         expected: errors that become one line and their ``exit_code`` (without one: 1); others keep their traceback.
     """
-    logging.basicConfig(level=level, format=form, stream=sys.stderr)
+    from llmshearing.progress import AboveTheLine  # brings tqdm, which help does without
+
+    logging.basicConfig(level=level, format=form, handlers=[AboveTheLine(sys.stderr)])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
     try:
         code = command()

@@ -1,7 +1,7 @@
 """The activation-gating oracle: a LLaMA that multiplies activations by gates, one head at a time, from the maths alone.
 
-Nothing is cut and nothing of `llmshearing` is used. Everything is float64. Gates are full-size, by mask kind: hidden
-[d], head [L, groups or heads], intermediate [L, f], layer, head_layer and mlp [L]; an absent kind is open.
+Nothing is cut, and nothing of `llmshearing` takes part. Everything is float64. Gates are full-size, by mask kind:
+hidden [d], head [L, groups or heads], intermediate [L, f], layer, head_layer and mlp [L]; an absent kind is open.
 
 Shape legend: B batch, T tokens, H query heads, D head_dim, d hidden, f intermediate, L layers.
 """
@@ -11,6 +11,14 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmshearing.compat import HEADS_DIVIDE_HIDDEN
+
+
+def hidden_sizes(heads, largest=16):
+    """Numbers of hidden units of which the installed transformers makes a config."""
+    step = heads if HEADS_DIVIDE_HIDDEN else 1
+    return range(step, max(largest, step) + 1, step)
 
 
 def tiny_config(**changes):

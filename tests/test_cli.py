@@ -28,8 +28,8 @@ def test_help_shows_the_way_and_every_command(capsys):
     assert max(map(len, text.splitlines())) <= 120
     way = text.partition("Commands")[0]
     steps = re.findall(r"^  llmshearing (data \S+|\S+)", way, flags=re.MULTILINE)
-    assert steps == ["data prepare", "target-loss", "train", "fold", "train", "convert", "prune"]
-    assert len(way.splitlines()) <= 16
+    assert steps == ["data prepare", "target-loss", "train", "fold", "train", "convert", "prune", "evaluate"]
+    assert len(way.splitlines()) <= 19
 
 
 def test_help_needs_no_heavy_module():

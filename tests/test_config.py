@@ -251,6 +251,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "a domain twice": (["callbacks.data_loading.set_names=[a,a]"], ["set_names", "a comes more than once"]),
     "wrong choice": (["precision=bf16"], ["precision = bf16", "amp_bf16"]),
     "wrong update type": (["callbacks.data_loading.update_type=domini"], ["update_type = domini", "doremi, constant"]),
+    "a rate of Muon without Muon": (["optimizer.muon_lr=0.01"], ["optimizer.muon_lr = 0.01", "only muon reads it"]),
+    "a momentum of 1": (
+        ["optimizer.name=muon", "optimizer.muon_momentum=1.0"],
+        ["optimizer.muon_momentum = 1.0", "[0, 1)"],
+    ),
+    "a negative rate of Muon": (["optimizer.name=muon", "optimizer.muon_lr=-1"], ["optimizer.muon_lr", "at least 0"]),
     "wrong type": (["optimizer.lr=fast"], ["optimizer.lr = fast", "a number"]),
     "wrong type in a list": (
         ["callbacks.data_loading.proportion=[a,b]"],

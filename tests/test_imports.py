@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors"},
+    {"errors", "progress"},
     {"files", "families", "lookahead", "moved", "commands"},
     {"config", "storage"},
     {"fold", "data"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"checkpoints"},
     {"prune", "checkpoint"},
     {"training"},
-    {"train", "utils"},
+    {"train", "utils", "evaluate"},
     {"cli"},
     {"__main__"},
 ]

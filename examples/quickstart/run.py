@@ -1,10 +1,13 @@
 """The quickstart, `make shear`: shear a real model on real text, end to end, by the commands that users type.
 
-    corpus -> data -> shear -> fold -> continue -> Hugging Face        out/quickstart/{corpus,data,prune,continue,hf}
-                       random selection -> continue -> Hugging Face    out/quickstart/{random,continue-random,hf-random}
+    corpus -> data                                                      out/quickstart/{corpus,data}
+    turn -> fisher -> tie -> recover -> Hugging Face                    {turned,half,tied,recover,hf}
+    random selection -> continue -> Hugging Face                        {random,continue-random,hf-random}
+    learned masks -> fold -> continue -> Hugging Face (as published)    {prune,continue,hf-published}
 
-The source is `examples/quickstart/source`, 4.3 M parameters, trained by `examples.quickstart.train_source`. What exists
-is not made again; a training stage that was interrupted continues from its last checkpoint.
+All three see the same number of tokens. The source is `examples/quickstart/source`, 4.3 M parameters, trained by
+`examples.quickstart.train_source`. What exists is not made again; a training stage that was interrupted continues from
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ SOURCE = Path("examples/quickstart/source")
 CONFIGS = Path("configs/tiny")
 EVAL_SEQUENCES = 64
 """Held-out sequences a domain: enough for two digits, and evaluated several times."""
+PUBLISHED = "max_duration=100ba"
+"""The published recipe trains as long as the others: 100 batches with masks, then as many without."""
 PROMPTS = ("def __init__(self, ", "Returns a list of ", "The license ")
 
 
@@ -108,10 +113,12 @@ def report(out: Path, cfg: Config) -> None:
     names = cfg.callbacks.data_loading.set_names or []
     folders = {
         "source": SOURCE,
-        "sheared": out / "hf-sheared",
+        "sheared": out / "tied",
         "sheared, continued": out / "hf",
         "random": out / "hf-random-start",
         "random, continued": out / "hf-random",
+        "learned masks": out / "hf-masks",
+        "learned masks, continued": out / "hf-published",
     }
     models = {name: load(folder) for name, folder in folders.items()}
     speed = tokens_per_second(models)
@@ -132,6 +139,23 @@ def report(out: Path, cfg: Config) -> None:
     print(f"\nLoss on held-out documents, nats per token; tokens/s of a forward pass.\n\n{text}\n")
 
 
+def cut(out: Path, target: dict[str, int]) -> None:
+    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again."""
+    data = ("--calibration", str(out / "data"), "--report_samples", "16")
+    width = str(target["hidden_size"])
+    sizes = [f"{key}={size}" for key, size in target.items()]
+    turned, half, tied = (out / name for name in ("turned", "half", "tied"))
+    command(
+        "turn", turned, "llmshearing.prune", "turn", "--model", str(SOURCE), "--output", str(turned), "--untie",
+        "--tie_at", width, *data,
+    )  # fmt: skip
+    command(
+        "choose", half, "llmshearing.prune", "fisher", "--model", str(turned), "--output", str(half), *data, "--target",
+        *sizes,
+    )  # fmt: skip
+    command("tie", tied, "llmshearing.prune", "tie", "--model", str(half), "--output", str(tied))
+
+
 def run(out: Path) -> None:
     """All stages; see the module."""
     out.mkdir(parents=True, exist_ok=True)
@@ -143,23 +167,33 @@ def run(out: Path) -> None:
         "--eval_seqs", str(EVAL_SEQUENCES),
     )  # fmt: skip
     local = f"data_local={data}"
-    prune, kept = out / "prune", out / "continue"
+    prune = out / "prune"
     cfg = load_config(CONFIGS / "prune.yaml", [local])
-    later = load_config(CONFIGS / "continue.yaml", [local])
-    train("shear", "prune.yaml", last_checkpoint(prune, cfg), local, f"save_folder={prune}")
+    target = read_source(cfg).target or {}
+    cut(out, target)
     pruned, start = prune / "pruned-latest-rank0.pt", out / "random" / "pruned-latest-rank0.pt"
+    train("learned masks", "prune.yaml", last_checkpoint(prune, cfg), local, f"save_folder={prune}")
     command(
         "fold", pruned, "llmshearing.utils.post_pruning_processing", "prune_and_save_model",
         str(prune / "latest-rank0.pt"),
     )  # fmt: skip
     fold_random(cfg, start)
-    other = out / "continue-random"
-    for title, path, folder in (("continue", pruned, kept), ("continue random", start, other)):
-        train(
-            title, "continue.yaml", last_checkpoint(folder, later), local, f"model.path={path}",
-            f"save_folder={folder}", f"run_name={folder.name}",
-        )  # fmt: skip
-    exports = {"hf-sheared": pruned, "hf": kept, "hf-random-start": start, "hf-random": other}
+    follow = [f"distill.teacher={out / 'turned'}", f"distill.selection={out / 'half' / 'selection.safetensors'}"]
+    for title, config, path, name, *more in (
+        ("continue", "recover.yaml", out / "tied", "recover", *follow),
+        ("continue random", "continue.yaml", start, "continue-random"),
+        ("continue learned masks", "continue.yaml", pruned, "continue", PUBLISHED),
+    ):
+        made = last_checkpoint(out / name, load_config(CONFIGS / config, [local, *more]))
+        folder = f"save_folder={out / name}"
+        train(title, config, made, local, f"model.path={path}", folder, f"run_name={name}", *more)
+    exports = {
+        "hf": out / "recover",
+        "hf-random-start": start,
+        "hf-random": out / "continue-random",
+        "hf-masks": pruned,
+        "hf-published": out / "continue",
+    }
     for name, path in exports.items():
         file = path if path.is_file() else path / "latest-rank0.pt"
         command(

@@ -1,9 +1,12 @@
 """`make smollm2`: shear SmolLM2-135M on a CPU, end to end, by the commands that users type.
 
-    source -> corpus -> data -> shear -> fold -> continue -> Hugging Face   out/smollm2/{source,corpus,data,prune,...}
+    source -> corpus -> data                                            out/smollm2/{source,corpus,data}
+    turn -> fisher -> tie -> recover -> Hugging Face                    {turned,half,tied,recover,hf}
+    learned masks -> fold -> continue -> Hugging Face (as published)    {prune,continue,hf-published}
 
 30 layers, hidden 576, 3 KV groups, intermediate 1536 become 22 layers, 384, 2 and 1024. The training is short (see
-configs/smollm2): it shows the pipeline on a real model and does not make a model to use. What exists is not made again.
+configs/smollm2), the same tokens for both: it shows the pipeline on a real model and does not make a model to use. What
+exists is not made again.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from transformers import AutoTokenizer
 
 from examples.quickstart.run import last_checkpoint, load, table
 from examples.smollm2.source import generate
-from llmshearing.config import Config, load_config
+from llmshearing.config import Config, load_config, target_shape
 from llmshearing.errors import ShearingError
 from llmshearing.training.evaluation import domain_losses, eval_batches, tokens_per_second
 
 log = logging.getLogger("smollm2")
 
 PRUNE, CONTINUE = Path("configs/smollm2/135m.yaml"), Path("configs/smollm2/53m.yaml")
+RECOVER = Path("configs/smollm2/recover.yaml")
 OUTPUT = Path("out/smollm2")
 CORPUS_MB = "1"
 """Text a domain; both training runs together see about an eighth of it."""
@@ -35,6 +39,8 @@ SEPARATOR = "<|endoftext|>"
 """Between documents in SmolLM2's pretraining; its BOS and EOS belong to chat messages."""
 EVAL_BATCH = 4
 """Sequences of 256 tokens: their logits over 49,152 tokens take 200 MB."""
+CHOOSE_BY = "32"
+"""Sequences of 256 tokens that units are chosen by."""
 PROMPTS = ("The capital of France is", "def __init__(self, ", "Returns a list of ")
 
 
@@ -66,6 +72,13 @@ def stages(out: Path) -> None:
         "--eos_token", SEPARATOR,
     )  # fmt: skip
     here = [f"data_local={data}", f"tokenizer_name={source}"]
+    cut(out)
+    turned, kept_units = out / "turned", out / "half" / "selection.safetensors"
+    stage(
+        "recover", last_checkpoint(out / "recover", load_config(RECOVER)), "llmshearing.train", RECOVER, *here,
+        f"model.path={out / 'tied'}", f"distill.teacher={turned}", f"distill.selection={kept_units}",
+        f"save_folder={out / 'recover'}",
+    )  # fmt: skip
     done, pruned = last_checkpoint(prune, load_config(PRUNE)), prune / "pruned-latest-rank0.pt"
     stage("shear", done, "llmshearing.train", PRUNE, *here, f"model.path={source}", f"save_folder={prune}")
     stage(
@@ -73,17 +86,45 @@ def stages(out: Path) -> None:
     )
     done = last_checkpoint(kept, load_config(CONTINUE))
     stage("continue", done, "llmshearing.train", CONTINUE, *here, f"model.path={pruned}", f"save_folder={kept}")
-    for name, path in (("hf-sheared", pruned), ("hf", kept / "latest-rank0.pt")):
+    exports = {"hf": out / "recover" / "latest-rank0.pt", "hf-masks": pruned, "hf-published": kept / "latest-rank0.pt"}
+    for name, path in exports.items():
         stage(
             "export", out / name, "llmshearing.utils.composer_to_hf", path, out / name, "dtype=bfloat16",
             f"tokenizer={source}",
         )  # fmt: skip
 
 
+def cut(out: Path) -> None:
+    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again."""
+    target = target_shape(load_config(PRUNE))
+    sizes = {
+        "hidden_size": target.hidden,
+        "num_key_value_heads": target.groups,
+        "intermediate_size": target.intermediate,
+        "num_hidden_layers": target.layers,
+    }
+    turned, half, tied = (out / name for name in ("turned", "half", "tied"))
+    data = ("--calibration", out / "data", "--samples", CHOOSE_BY, "--report_samples", "16")
+    prune = "llmshearing.prune"
+    stage(
+        "turn", turned, prune, "turn", "--model", out / "source", "--output", turned, "--untie", "--tie_at",
+        target.hidden, *data,
+    )  # fmt: skip
+    shape = [f"{key}={size}" for key, size in sizes.items()]
+    stage("choose", half, prune, "fisher", "--model", turned, "--output", half, *data, "--target", *shape)
+    stage("tie", tied, prune, "tie", "--model", half, "--output", tied)
+
+
 def report(out: Path, cfg: Config) -> str:
     """Losses of the three models on held-out documents, their speed, and what they write; also kept as files."""
     names = cfg.callbacks.data_loading.set_names or []
-    folders = {"source": out / "source", "sheared": out / "hf-sheared", "sheared, continued": out / "hf"}
+    folders = {
+        "source": out / "source",
+        "sheared": out / "tied",
+        "sheared, continued": out / "hf",
+        "learned masks": out / "hf-masks",
+        "learned masks, continued": out / "hf-published",
+    }
     models = {name: load(folder) for name, folder in folders.items()}
     speed = tokens_per_second(models, shape=(2, cfg.max_seq_len), repeats=3)
     rows = {}
@@ -121,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"\nLoss on held-out documents, nats per token; tokens/s of a forward pass; greedy samples.\n\n{text}\n")
     log.info("%.1f minutes", (time.monotonic() - start) / 60)
-    made = (out / name for name in ("source", "hf-sheared", "hf", "report.txt"))
+    made = (out / name for name in ("source", "tied", "hf", "report.txt"))
     log.info("wrote source, sheared and continued model and the report to %s, %s, %s, %s", *made)
     return 0
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 from transformers import PreTrainedModel
 
 from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.checkpoints.hf_read import build_model, load_hf_model
 from llmshearing.checkpoints.hf_write import refuse_masks
 from llmshearing.errors import ShearingError
+from llmshearing.progress import trange
 
 BATCH = 4  # sequences at once: two [B, T, V] in float32 are the largest tensors
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llmshearing.checkpoints.arguments import check_facts
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, load_masks, read_checkpoint, save_checkpoint
@@ -22,7 +21,8 @@ from llmshearing.families import table_for
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
 from llmshearing.fold.selection import Selection, save_selection
-from llmshearing.masks.l0 import final_selection
+from llmshearing.masks.l0 import L0Masks, final_selection
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,25 @@ def fold_checkpoint(
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
-    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
-    config = folded_config(checkpoint.info.hf_config, masks.table, selection)
+    weights, config = fold_weights(checkpoint, masks, selection, zero_closed_blocks=zero_closed_blocks)
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
-    info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
+    return weights, replace(checkpoint.info, hf_config=config, masks=None).then(done), selection
+
+
+def fold_weights(
+    checkpoint: Checkpoint, masks: L0Masks, selection: Selection, *, zero_closed_blocks: bool = False
+) -> tuple[LazyTensors, dict[str, Any]]:
+    """Weights of the model that a selection leaves, each folded on access, and its config; layers may differ in size.
+
+    Raises:
+        ShearingError: there is no model of the selection.
+    """
+    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
+    values = folded_config(checkpoint.info.hf_config, masks.table, selection)
+    config = replace(checkpoint.info, hf_config=values).config
     source_of = {new: name for name, new, _, _ in renamed(masks.table, selection)}
-    return _folded(dict(makers), checkpoint.weights, table_for(info.config), source_of), info, selection
+    return _folded(dict(makers), checkpoint.weights, table_for(config), source_of), values
 
 
 def _folded(

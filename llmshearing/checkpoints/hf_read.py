@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -25,6 +24,7 @@ from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors, find_file, open_weights
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig
 
 from llmshearing.checkpoints.arguments import LABEL
@@ -27,6 +26,7 @@ from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks
 from llmshearing.checkpoints.output import TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
 from llmshearing.storage.dtypes import cast, main_dtype
 

@@ -431,7 +431,7 @@ class Config:
     fsdp_config: Fsdp | None = None
     """Shard the model over the ranks (FSDP 2, on GPUs and on the CPU); null: replicas (DDP). docs/distributed.md."""
     progress_bar: bool = True
-    """Show Composer's progress bar."""
+    """Show how far the run is: one line in a terminal, plain lines now and then in a file."""
     log_to_console: bool = False
     """Log metrics to the console."""
     console_log_interval: str = time("1ba", positive=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES, SCALED_GEMMA2_EMBEDDING
 from llmshearing.families.family import KEYS, Family, read
 from llmshearing.families.llama import QUERY_GROUPS, attention, gated_mlp, rms_norm, stream_norm
 from llmshearing.families.names import ATTENTION, MLP
@@ -17,12 +18,13 @@ from llmshearing.families.parts import decoder_table, ends
 from llmshearing.families.table import EMBEDDING, Module, Table, TensorSpec, embedding, norm
 
 NORM = rms_norm("gemma2.modeling_gemma2.Gemma2RMSNorm", offset=1.0, eps="eps")
+SCALED = Module("transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding", "embedding")
 
 
 def gemma2_table(config: Any, head_mode: str = "group") -> Table:
     """Table of a Gemma 2."""
-    rows = sandwich_rows(config, NORM, EMBEDDING)
-    return decoder_table("gemma2", config, rows, head_mode, attributes=(QUERY_GROUPS,), layer_tuple=True)
+    rows = sandwich_rows(config, NORM, SCALED if SCALED_GEMMA2_EMBEDDING else EMBEDDING)
+    return decoder_table("gemma2", config, rows, head_mode, attributes=(QUERY_GROUPS,), layer_tuple=LAYER_TUPLES)
 
 
 def sandwich_rows(config: Any, module: Module, embed_module: Module) -> list[TensorSpec]:

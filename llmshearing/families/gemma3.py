@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES
 from llmshearing.families.family import KEYS, Family
 from llmshearing.families.gemma2 import sandwich_rows
 from llmshearing.families.llama import QUERY_GROUPS, rms_norm
@@ -18,7 +19,7 @@ SCALED = Module("transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWord
 def gemma3_table(config: Any, head_mode: str = "group") -> Table:
     """Table of a Gemma 3's text model."""
     rows = [*sandwich_rows(config, NORM, SCALED), *query_key_norms(NORM)]
-    table = decoder_table("gemma3_text", config, rows, head_mode, attributes=(QUERY_GROUPS,), layer_tuple=True)
+    table = decoder_table("gemma3_text", config, rows, head_mode, attributes=(QUERY_GROUPS,), layer_tuple=LAYER_TUPLES)
     return with_head_norms(table)
 
 

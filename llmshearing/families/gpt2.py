@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import Family, read
 from llmshearing.families.names import ATTENTION, HEADS, HIDDEN, INTERMEDIATE, LAYERS, MLP, VOCAB
@@ -56,7 +57,7 @@ def gpt2_table(config: Any, head_mode: str = "group") -> Table:
     ]
     table = decoder_table(
         "gpt2", config, rows, "group", GPT2_KEYS, minimum=1, mlp_factor=MLP_FACTOR, couplings=(HEAD_WIDTH,),
-        layer_tuple=True,
+        layer_tuple=LAYER_TUPLES,
     )  # fmt: skip
     attention = LAYER + "attn"
     heads = Attribute(attention, "num_heads", "query", table.head_dim)

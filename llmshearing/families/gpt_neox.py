@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES
 from llmshearing.families.family import KEYS, Family, read
 from llmshearing.families.names import ATTENTION, GROUPS, HEAD_DIM, HEADS, MLP
 from llmshearing.families.parts import HEAD_WIDTH, decoder_table, ends, layer_norm, projection
@@ -38,7 +39,7 @@ def gpt_neox_table(config: Any, head_mode: str = "group") -> Table:
         *projection(mlp + "dense_4h_to_h", "hidden", "intermediate", True, gates=both, block=MLP, scaled=True),
     ]
     return decoder_table(
-        "gpt_neox", config, rows, "group", GPT_NEOX_KEYS, couplings=(HEAD_WIDTH,), layer_tuple=True
+        "gpt_neox", config, rows, "group", GPT_NEOX_KEYS, couplings=(HEAD_WIDTH,), layer_tuple=LAYER_TUPLES
     )
 
 

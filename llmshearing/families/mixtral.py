@@ -71,7 +71,7 @@ def with_experts(table: Table, config: Any, keys: Mapping[str, str], experts: Ex
         axes={**table.axes, **axes},
         config_axes={**table.config_axes, keys[EXPERTS]: (EXPERT, 1)},
         attributes=(*table.attributes, Attribute(experts.module, "num_experts", EXPERT)),
-        experts=experts,
+        experts=replace(experts, chosen=chosen),
     )
 
 

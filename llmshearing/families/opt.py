@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import KEYS, Family, read
 from llmshearing.families.names import ATTENTION, GROUPS, HEAD_DIM, HIDDEN, INTERMEDIATE, MLP
@@ -44,7 +45,8 @@ def opt_table(config: Any, head_mode: str = "group") -> Table:
         *projection(LAYER + "fc1", "intermediate", "hidden", biased, block=MLP),
         *projection(LAYER + "fc2", "hidden", "intermediate", biased, gates=both, block=MLP, scaled=True),
     ]
-    table = decoder_table("opt", config, rows, "group", OPT_KEYS, minimum=1, couplings=(HEAD_WIDTH,), layer_tuple=True)
+    more = {"couplings": (HEAD_WIDTH,), "layer_tuple": LAYER_TUPLES}
+    table = decoder_table("opt", config, rows, "group", OPT_KEYS, minimum=1, **more)
     heads = Attribute(LAYER + "self_attn", "num_heads", "query", table.head_dim)
     positions = Axis(read(config, "max_position_embeddings") + OFFSET)
     mirrors = {"word_embed_proj_dim": OPT_KEYS[HIDDEN]}

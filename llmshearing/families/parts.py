@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llmshearing.compat import FEWEST_HEADS
 from llmshearing.families.family import KEYS, sizes_of
 from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
 from llmshearing.families.table import (
@@ -40,7 +41,7 @@ def decoder_table(
     rows: Sequence[TensorSpec],
     head_mode: str = "group",
     keys: Mapping[str, str] = KEYS,
-    minimum: int = 0,
+    minimum: int = FEWEST_HEADS,
     mlp_factor: int | None = None,
     **more: Any,
 ) -> Table:

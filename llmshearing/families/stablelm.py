@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmshearing.compat import LAYER_TUPLES
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import KEYS, Family, read
 from llmshearing.families.llama import ATTN, LAYER, QUERY_GROUPS, gated_mlp
@@ -42,7 +43,7 @@ def stablelm_table(config: Any, head_mode: str = "group") -> Table:
         *gated_mlp(config),
     ]
     table = decoder_table(
-        "stablelm", config, rows, head_mode, STABLELM_KEYS, minimum=1, couplings=(HEAD_WIDTH,), layer_tuple=True
+        "stablelm", config, rows, head_mode, STABLELM_KEYS, minimum=1, couplings=(HEAD_WIDTH,), layer_tuple=LAYER_TUPLES
     )
     attention = LAYER + "self_attn"
     attributes = (

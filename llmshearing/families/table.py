@@ -200,11 +200,15 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where the experts are: ``module`` (path, with ``{layer}``) keeps a list of them in its attribute ``list``."""
+    """Where the experts are: ``module`` (path, with ``{layer}``) keeps a list of them in its attribute ``list``.
+
+    chosen: how many of them each token goes to.
+    """
 
     module: str
     list: str = "experts"
     layers: tuple[int, ...] | None = None
+    chosen: int = 1
 
 
 @dataclass(frozen=True)

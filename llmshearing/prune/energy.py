@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.families.table import Table
 from llmshearing.fold.turn import stream_norms
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.methods.decoder import batch_loss
 

@@ -23,6 +23,7 @@ from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallbac
 from llmshearing.training.callbacks.gradients import Gradients
 from llmshearing.training.callbacks.hidden import HiddenWeight
 from llmshearing.training.callbacks.losses import LossMonitor
+from llmshearing.training.callbacks.progress import ProgressLine
 from llmshearing.training.callbacks.pruning import PruningCallback
 from llmshearing.training.callbacks.shearing import Shearing
 from llmshearing.training.devices import has_bfloat16
@@ -103,9 +104,10 @@ def build_callbacks(
 
 
 def build_loggers(cfg: Config) -> list[Any]:
-    """Composer's loggers of these names."""
+    """Our line of progress, and Composer's loggers of these names."""
     wanted = {name: getattr(cfg.loggers, name) for name in LOGGERS}
-    return [LOGGERS[name](**options) for name, options in wanted.items() if options is not None]
+    line = [ProgressLine()] if cfg.progress_bar else []
+    return line + [LOGGERS[name](**options) for name, options in wanted.items() if options is not None]
 
 
 def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
@@ -183,7 +185,7 @@ def build_guide(cfg: Config, source: Source, data: MixtureDataset) -> Guide | No
 def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     """Options that Composer's Trainer takes as they are."""
     passed = (
-        "max_duration", "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "load_path",
+        "max_duration", "eval_interval", "log_to_console", "console_log_interval", "load_path",
         "load_weights_only", "save_folder", "save_latest_filename", "autoresume", "dist_timeout", "seed",
         "python_log_level",
     )  # fmt: skip
@@ -191,6 +193,7 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
     # Composer finds what to go on from by this name, so that it must be the same each time
     options["run_name"] = cfg.run_name or (Path(cfg.save_folder).name if cfg.autoresume and cfg.save_folder else None)
     options["device_train_microbatch_size"] = cfg.device_train_microbatch_size
+    options["progress_bar"] = False  # ours is one line, see build_loggers
     options["precision"] = "fp32" if device == "cpu" else cfg.precision
     if (sharding := fsdp2(cfg, dist.get_world_size())) is not None:
         options["parallelism_config"] = {"fsdp": sharding}

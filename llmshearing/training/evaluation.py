@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.data.mixture.loader import build_eval_dataloader
+from llmshearing.progress import tqdm
 from llmshearing.training.loss import token_losses
 from llmshearing.training.model import DomainLoss
 

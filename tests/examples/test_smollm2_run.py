@@ -23,8 +23,11 @@ def test_a_stage_runs_once_and_shows_its_command(tmp_path: Path, caplog: pytest.
 
 
 def test_continued_pretraining_starts_from_the_shape_that_pruning_reaches(root: Path) -> None:
-    prune, later = load_config(root / run.PRUNE), load_config(root / run.CONTINUE)
-    assert target_shape(prune) == source_shape(later)
+    prune, later, recover = (load_config(root / path) for path in (run.PRUNE, run.CONTINUE, run.RECOVER))
+    assert target_shape(prune) == source_shape(later) == source_shape(recover)
+    batches = [int(cfg.max_duration.removesuffix("ba")) for cfg in (prune, later, recover)]
+    assert batches[0] + batches[1] == batches[2]
+    assert len({cfg.global_train_batch_size for cfg in (prune, later, recover)}) == 1
     assert later.model.path == f"{prune.save_folder}/pruned-latest-rank0.pt"
     assert Path(prune.data_local).parent == run.OUTPUT and prune.data_local == later.data_local
     assert prune.callbacks.data_loading.set_names == later.callbacks.data_loading.set_names

@@ -138,6 +138,8 @@ def refusal(method, table):
         return "subtract the mean"
     if method == "turn" and any(spec.scaled for spec in norms):
         return "behind a branch"
+    if method == "tie":  # of random models nothing can be tied; tests/fold/test_tie.py has those that can
+        return "is .* already|times a factor|one final RMSNorm"
     if table.experts is not None:
         scored = "does not score intermediate, expert of a mixture of experts"
         return {"obs": "does not prune the units of experts", "activation": scored}.get(method)

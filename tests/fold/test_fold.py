@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_oracle import oracle_logits, random_gates, random_model, tiny_config, widen_norms
+from helpers_oracle import hidden_sizes, oracle_logits, random_gates, random_model, tiny_config, widen_norms
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,7 +23,7 @@ def configs(draw):
     groups, repeat = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
     return tiny_config(
         vocab_size=draw(st.integers(2, 30)),
-        hidden_size=draw(st.integers(1, 16)),
+        hidden_size=draw(st.sampled_from(hidden_sizes(groups * repeat))),
         num_attention_heads=groups * repeat,
         num_key_value_heads=groups,
         head_dim=draw(st.sampled_from([2, 4, 6])),
@@ -50,8 +50,8 @@ def uniform_cases(draw):
         return torch.where(order < keep, soft, 0.0)
 
     keep = {
-        "hidden": draw(st.integers(1, config.hidden_size)),
-        "head": draw(st.integers(1, per_row)),
+        "head": (kept := draw(st.integers(1, per_row))),
+        "hidden": draw(st.sampled_from(hidden_sizes(kept * rows * (repeat if rows == 1 else 1), config.hidden_size))),
         "intermediate": draw(st.integers(1, config.intermediate_size)),
         "layer": draw(st.integers(1, layers)),
     }
@@ -251,7 +251,7 @@ def test_closed_blocks_as_zeros_keep_the_function():
 
 
 def test_units_of_a_shape_are_the_targets_of_its_masks():
-    config = tiny_config(num_attention_heads=6, num_key_value_heads=3, hidden_size=16)
+    config = tiny_config(num_attention_heads=6, num_key_value_heads=3, hidden_size=18)
     shape = {"hidden_size": 8, "intermediate_size": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
     grouped = table_for(config).units({**shape, "vocab_size": 23})
     assert grouped == {"hidden": 8, "intermediate": 5, "head": 2, "vocab": 23}

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_oracle import oracle_logits, random_gates, random_model, tiny_config, wide_softmax, widen_norms
+from helpers_oracle import (
+    hidden_sizes,
+    oracle_logits,
+    random_gates,
+    random_model,
+    tiny_config,
+    wide_softmax,
+    widen_norms,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
@@ -166,7 +174,7 @@ def draw_config(draw):
     head_dim = draw(st.sampled_from([2, 4, 6]))
     return tiny_config(
         vocab_size=draw(st.integers(2, 30)),
-        hidden_size=draw(st.integers(1, 16)),  # head_dim is apart from hidden / heads
+        hidden_size=draw(st.sampled_from(hidden_sizes(heads))),  # head_dim is apart from hidden / heads
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=head_dim,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers_oracle import random_model, tiny_config, widen_norms
+from helpers_oracle import hidden_sizes, random_model, tiny_config, widen_norms
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -127,7 +127,7 @@ class Counting(torch.nn.Module):
         return self.norm.weight * x * mask / (mean + eps).sqrt()
 
 
-@given(st.integers(0, 10**6), st.integers(1, 11), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from(hidden_sizes(4, 11)), st.booleans())
 def test_norms_count_the_energy_that_is_left(seed, number, tied):
     """Gated == folded == full-width model with masked writes and counting norms."""
     config = tiny_config(tie_word_embeddings=tied)

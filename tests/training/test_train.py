@@ -192,7 +192,7 @@ def test_multipliers_ascend_while_masks_and_weights_descend(lab, tmp_path, name)
         assert clear.any(), key
 
 
-@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
+@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw", "muon"])
 def test_only_weights_decay(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name, optimizer__weight_decay=0.1)
     shearing = gated()
@@ -201,12 +201,12 @@ def test_only_weights_decay(lab, tmp_path, name):
     for parameter in shearing.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    share = 1 - (0.1 if name == "decoupled_adamw" else 0.1 * 1e-3)  # Composer's decay does not scale with the rate
+    share = 1 - (0.1 * 1e-3 if name == "adamw" else 0.1)  # Composer's decay does not scale with the rate
     for key, value in shearing.state_dict().items():
         torch.testing.assert_close(value, before[key] * (share if key.startswith("model.") else 1.0))
 
 
-@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
+@pytest.mark.parametrize("name", ["decoupled_adamw", "adamw", "muon"])
 def test_closed_layers_survive_many_steps(lab, tmp_path, name):
     cfg = configured(lab, tmp_path, optimizer__name=name)
     shearing = gated()

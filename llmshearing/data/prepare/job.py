@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llmshearing.data.mds.manifest import SAMPLE
 from llmshearing.data.mds.remote import Upload
 from llmshearing.data.prepare.encoding import Encoders, Recipe, Wanted
@@ -26,6 +24,7 @@ from llmshearing.data.text.lines import LINE
 from llmshearing.data.text.sources import BEGINNING, MAX_PROBLEMS, Chunk, Place, read_chunks
 from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
+from llmshearing.progress import tqdm
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llmshearing import files as durable
 from llmshearing.commands import run
 from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
@@ -33,6 +31,7 @@ from llmshearing.data.prepare.options import Options, parser, resolve_dtype
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE
 from llmshearing.data.text.tokenizer import load_tokenizer
 from llmshearing.errors import ShearingError
+from llmshearing.progress import tqdm
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llmshearing import files as durable
 from llmshearing.data.json_file import read_json
 from llmshearing.data.text.codec import Codec
 from llmshearing.errors import ShearingError
 from llmshearing.lookahead import in_order
+from llmshearing.progress import tqdm
 
 BATCH = 1 << 20  # characters that a process gets at once
 SMALL = 4 * BATCH  # a corpus below this is not worth the start of processes

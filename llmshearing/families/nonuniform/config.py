@@ -60,11 +60,20 @@ def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def register() -> None:
-    """Make the configs known to `AutoConfig`; the models follow with the first config that is made."""
+    """Make the configs known to `AutoConfig`, once; the models follow with the first config that is made."""
     for base in UNIFORM:
+        if TYPE + base in CONFIG_MAPPING:
+            continue
         config = CONFIG_MAPPING[base]
         name = CLASS + config.__name__
         globals()[name] = type(
-            name, (NonUniformConfig, config), {"__module__": __name__, "model_type": TYPE + base, "__doc__": __doc__}
+            name,
+            (NonUniformConfig, config),
+            {
+                "__module__": __name__,
+                "__init__": NonUniformConfig.__init__,  # transformers 5 would write one of the family's fields
+                "model_type": TYPE + base,
+                "__doc__": __doc__,
+            },
         )
         AutoConfig.register(TYPE + base, globals()[name], exist_ok=True)

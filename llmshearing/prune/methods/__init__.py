@@ -2,9 +2,9 @@
 
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import Choice, Method
-from llmshearing.prune.methods import activation, depth, fisher, obs, random, turn, vocabulary
+from llmshearing.prune.methods import activation, depth, fisher, obs, random, tie, turn, vocabulary
 
-_MODULES = (random, activation, fisher, obs, depth, vocabulary, turn)
+_MODULES = (random, activation, fisher, obs, depth, vocabulary, turn, tie)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 
 __all__ = ["METHODS", "Calibration", "Choice", "Method"]

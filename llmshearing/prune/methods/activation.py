@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.methods.depth import block_influence, drop_least, narrowed

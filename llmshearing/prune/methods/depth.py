@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
@@ -29,6 +28,7 @@ from llmshearing.families.names import LAYERS
 from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
 from llmshearing.fold.selection import Selection, layer_gates
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import Choice, Method
 from llmshearing.prune.methods.decoder import Decoder, find_decoder, first

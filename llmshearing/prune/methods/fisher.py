@@ -4,7 +4,8 @@
 
 The empirical Fisher information of the gates (Molchanov et al., arXiv 1906.10771; Kwon et al., arXiv 2204.09656). All
 kinds of units come from one forward and backward pass a sequence, through the gating of `llmshearing.fold.gating`. In a
-turned model (`llmshearing.prune.methods.turn`) hidden units go by their energy instead.
+turned model (`llmshearing.prune.methods.turn`) hidden units go by their energy instead, or by their order where it was
+turned for a number of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
@@ -24,14 +24,15 @@ from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
 from llmshearing.masks.l0 import selection_from_gates
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.methods.depth import drop_least
-from llmshearing.prune.methods.turn import is_turned
+from llmshearing.prune.methods.turn import goes_by_order, is_turned
 from llmshearing.prune.targets import rows_to_cut
 
-ENERGY, FISHER = "energy", "fisher"
+ENERGY, FISHER, ORDER = "energy", "fisher", "order"
 
 
 def choose(
@@ -46,7 +47,7 @@ def choose(
     """Keep the units of each row, and the layers, that the loss would miss most.
 
     Args:
-        hidden: score of hidden units, "fisher" or "energy"; None: energy in a turned model.
+        hidden: score of hidden units, "fisher", "energy" or "order" (the first stay); None: what suits the model.
 
     Raises:
         ShearingError: there is no calibration.
@@ -56,8 +57,8 @@ def choose(
     cut = rows_to_cut(table, target)
     drops = drop_layers is None and target[table.layers_key] < table.layers
     scores = fisher_scores(model, table, calibration, [*cut, *(["layer"] if drops else [])])
-    if "hidden" in cut and (hidden or (ENERGY if is_turned(model, table) else FISHER)) == ENERGY:
-        scores["hidden"] = torch.stack([*norm_energy(model, table, calibration).values()]).sum(0)
+    if "hidden" in cut and (by := hidden or _suited(model, table)) != FISHER:
+        scores["hidden"] = _order(table) if by == ORDER else _energy(model, table, calibration)
     units = {}
     for name, rows in cut.items():
         by_layer = [scores[name]] if rows[0][0].rows is None else scores[name]
@@ -68,6 +69,20 @@ def choose(
         drop_layers = drop_least(scores["layer"], table.layers - target[table.layers_key])
     about = {"scores": {name: score.tolist() for name, score in scores.items()}}
     return Choice(Selection(units, layer_gates(table.layers, drop_layers)), about)
+
+
+def _suited(model: PreTrainedModel, table: Table) -> str:
+    if goes_by_order(model, table):
+        return ORDER
+    return ENERGY if is_turned(model, table) else FISHER
+
+
+def _order(table: Table) -> Tensor:
+    return torch.arange(table.axes["hidden"].length, 0, -1, dtype=torch.float64)
+
+
+def _energy(model: PreTrainedModel, table: Table, calibration: Calibration) -> Tensor:
+    return torch.stack([*norm_energy(model, table, calibration).values()]).sum(0)
 
 
 def fisher_scores(
@@ -121,8 +136,8 @@ def _gradients(
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hidden",
-        choices=(ENERGY, FISHER),
-        help="score of hidden units (energy in a turned model, else fisher)",
+        choices=(ENERGY, FISHER, ORDER),
+        help="score of hidden units (in a turned model energy, or order with turn --basis output; else fisher)",
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmshearing.compat import RECORD_WITH_CACHE
 from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
 from llmshearing.prune.calibration import Calibration
@@ -136,7 +137,7 @@ def _record(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) ->
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        # With a cache transformers leaves the causal mask to the attention kernel. The cache itself is dropped.
+        # The cache itself is dropped.
         named |= {name: None for name in ("past_key_value", "past_key_values") if name in named}
         named |= {"use_cache": False} if "use_cache" in named else {}
         others.append((args[1:], named))
@@ -147,7 +148,7 @@ def _record(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) ->
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
-        model.base_model(input_ids=ids.to(model.device), use_cache=True)
+        model.base_model(input_ids=ids.to(model.device), use_cache=RECORD_WITH_CACHE)
     except _Stop:
         pass
     finally:

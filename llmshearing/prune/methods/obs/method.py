@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
 from llmshearing.families.names import ATTENTION, BLOCKS, WIDTHS
 from llmshearing.families.table import Kind, Table, TensorSpec
 from llmshearing.fold.selection import Selection, Units
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import Choice, Method
 from llmshearing.prune.methods.obs.layers import hidden_states

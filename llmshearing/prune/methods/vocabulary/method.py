@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.data.text.codec import Codec
@@ -28,6 +27,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families.names import VOCAB
 from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection, Units
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import Choice, Method
 from llmshearing.prune.methods.vocabulary.files import READERS, Tokens

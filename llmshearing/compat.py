@@ -1,0 +1,35 @@
+"""What differs between the versions of transformers that the package runs on: 4.57 and 5.
+
+No other module looks at a version. Reading the version imports nothing but the metadata of installed packages.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _major(package: str) -> int:
+    try:
+        return int(version(package).partition(".")[0])
+    except PackageNotFoundError:  # data preparation runs without
+        return 0
+
+
+FIVE = _major("transformers") >= 5
+"""transformers 5 or later."""
+
+LAYER_TUPLES = not FIVE
+"""Decoder layers that return a tuple: those of some families in transformers 4, none in 5."""
+
+SCALED_GEMMA2_EMBEDDING = FIVE
+"""Gemma 2's embedding multiplies by the square root of hidden units itself, not its model."""
+
+HEADS_DIVIDE_HIDDEN = FIVE
+"""Configs refuse hidden units that are no multiple of heads, also where the width of heads is told apart."""
+
+FEWEST_HEADS = 1 if FIVE else 0
+"""Query heads of a row without which attention fails."""
+
+RECORD_WITH_CACHE = not FIVE
+"""Whether to use a cache where arguments of layers are recorded, to run them alone. 4.57 then leaves the causal mask to
+the attention kernel; 5 makes masks of sliding windows that are as wide as the cache."""

@@ -1,0 +1,1 @@
+"""Judge models: perplexity, tasks, cost and speed, side by side."""
