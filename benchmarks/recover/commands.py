@@ -108,7 +108,7 @@ def cut(setting: Setting, root: Path, data: Path, seed: int, cuts: Sequence[Cut]
     for step in cuts:
         options = [option.format(**setting.target) for option in step.options]
         target = [f"{key}={setting.target[key]}" for key in step.sizes if key in setting.target]
-        name += "".join(["+" * bool(name), step.method, *(option.replace("--", "-") for option in options)])
+        name += ("+" if name else "") + "-".join([step.method, *(option.lstrip("-") for option in options)])
         if len(target) < len(setting.target):
             name += f"-{len(target)}" if target else ""
         output = root / "cuts" / f"{name}-s{seed}"
