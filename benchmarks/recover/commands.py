@@ -106,8 +106,9 @@ def cut(setting: Setting, root: Path, data: Path, seed: int, cuts: Sequence[Cut]
     """The directory that a chain of `prune` commands ends in; rows with the same beginning share it."""
     model, name = setting.source, ""
     for step in cuts:
+        options = [option.format(**setting.target) for option in step.options]
         target = [f"{key}={setting.target[key]}" for key in step.sizes if key in setting.target]
-        name += "".join(["+" * bool(name), step.method, *(option.replace("--", "-") for option in step.options)])
+        name += ("+" if name else "") + "-".join([step.method, *(option.lstrip("-") for option in options)])
         if len(target) < len(setting.target):
             name += f"-{len(target)}" if target else ""
         output = root / "cuts" / f"{name}-s{seed}"
@@ -119,7 +120,7 @@ def cut(setting: Setting, root: Path, data: Path, seed: int, cuts: Sequence[Cut]
                 words += ["--seed", str(seed)] if step.method == "random" else []
                 words += ["--target", *target] if target else []
                 words += setting.turning if step.method == "turn" else ()
-                command(output.with_suffix(".log"), *words, *step.options)
+                command(output.with_suffix(".log"), *words, *options)
         model = output
     return model
 

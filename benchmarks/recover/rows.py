@@ -26,6 +26,7 @@ class Cut:
     sizes: tuple[str, ...] = (HIDDEN, HEADS, GROUPS, MLP, LAYERS)
     """Keys of the target that it cuts to, where the target has them."""
     options: tuple[str, ...] = ()
+    """Further ones; {KEY} is a size of the target."""
     passes: float = 0.0
     """Steps of the source a sequence that it chooses by."""
 
@@ -99,8 +100,8 @@ OURS = Training(batch=8, lr=2e-3, optimizer=MUON, distill=FOLLOW)
 SHORT = Training(batch=4, lr=2e-3, optimizer={**MUON, "muon_lr": 2e-3}, distill={**FOLLOW, "ce": 0.1})
 ADAMW = replace(OURS, lr=2.5e-3, optimizer={"betas": [0.9, 0.98], "weight_decay": 0.0})
 BEST = (
-    Cut("turn", sizes=(), options=("--basis", "output"), passes=2),
-    Cut("fisher", options=("--units", "obs", "--refit"), passes=2),
+    Cut("turn", sizes=(), options=("--basis", "output", "--keep", "{hidden_size}"), passes=2),
+    REFIT,
 )
 ROWS: dict[str, Row] = {
     **_pair("scratch", Row("scratch", replace(PLAIN, lr=2e-3), (RANDOM,), scratch=True)),
