@@ -258,7 +258,7 @@ def check_attention(cfg: Config) -> Iterator[str]:
 ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 
 
-@reads("distill", "model.l0_module", "model.path")
+@reads("distill", "model.l0_module", "model.path", "model.turn")
 def check_distillation(cfg: Config) -> Iterator[str]:
     """Somebody else to follow, and a way to tell which of its hidden states are the student's."""
     asked, masked = cfg.distill, cfg.model.l0_module is not None
@@ -272,6 +272,11 @@ def check_distillation(cfg: Config) -> Iterator[str]:
         yield (
             f"distill.hidden = {asked.hidden} without distill.selection: name the selection.safetensors that the "
             "pruner wrote beside model.path"
+        )
+    if asked.hidden and cfg.model.turn is not None and asked.teacher not in (None, cfg.model.path):
+        yield (
+            f"distill.hidden = {asked.hidden} of distill.teacher = {asked.teacher} with model.turn: its hidden units "
+            "are of another basis; leave distill.teacher out"
         )
     if asked.selection is not None and masked:
         yield f"distill.selection = {asked.selection}: while masks train, what they keep is followed; leave it out"

@@ -79,7 +79,6 @@ def test_killed_around_the_fold(jobs, ranks):
     ends_alike(jobs, job, "folding")
 
 
-
 def test_a_run_that_has_ended_is_left_alone(jobs):
     jobs.reference("pruning", 1)
     job = Job(jobs("x").folder.parent / "reference-pruning-1", jobs("y").config)

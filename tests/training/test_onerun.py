@@ -272,6 +272,12 @@ def test_nothing_is_chosen_at_the_start(lab, tmp_path):
     assert "fsdp_config.state_dict_type = sharded" in str(error.value)
 
 
+def test_hidden_states_of_another_basis(lab, tmp_path):
+    made = settings(lab, tmp_path, **{**BEST, "distill": {"hidden": 1.0, "teacher": "another"}})
+    with pytest.raises(ShearingError, match=r"distill\.teacher = another with model\.turn: .* of another basis"):
+        load_config(write_yaml(tmp_path / "run.yaml", made), [])
+
+
 def test_the_warmup_follows_the_stage(lab, tmp_path):
     cfg = configured(lab, tmp_path, **{f"{L0}fold_at": "5ba", f"{L0}lagrangian_warmup_steps": None})
     assert cfg.model.l0_module.lagrangian_warmup_steps == "1ba"
