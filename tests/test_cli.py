@@ -85,7 +85,7 @@ WORK = {
     "target-loss": ("source --losses a.json --set_names web", "source_losses"),
     "train": ("a.yaml", "load_config"),
     "fold": ("a.pt", "prune_and_save_model"),
-    "convert": ("a b.pt", "hf_to_checkpoint"),
+    "convert": ("a b.pt", "convert_plain"),
     "compare": ("a b.pt", "compare"),
     "prune": ("random --model a --output b --ratio 0.5", "prune"),
     "pad": ("--model a --output b", "pad"),
