@@ -26,6 +26,7 @@ from llmshearing.checkpoints.generation import constructible
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.megatron import (
+    READ_SPECS,
     SPECS,
     Layout,
     Parallel,
@@ -37,7 +38,7 @@ from llmshearing.families.megatron import (
 from llmshearing.families.names import VOCAB
 from llmshearing.families.table import Table
 from llmshearing.megatron.shards import Shards, open_shards, write_shards
-from llmshearing.megatron.split import Placed, place_all
+from llmshearing.megatron.split import Placed, Spread, place_all
 from llmshearing.megatron.stacked import is_stacked, open_stacked
 from llmshearing.storage import LazyTensor, LazyTensors, Recent
 from llmshearing.storage.dtypes import main_dtype
@@ -75,7 +76,7 @@ def read_megatron(
     spec, stages = _placed(shards, layout, table)
     weights = _joined(shards, stages, table)
     done = f"read from Megatron's checkpoint {shards.path} of {spread.tp} x {spread.pp} ranks"
-    return weights, info.then(done), replace(spread, spec=spec)
+    return weights, info.then(done), replace(spread, spec=spec if spec in SPECS else SPECS[0])
 
 
 def _info(shards: Shards, config: PretrainedConfig | None, vocabulary: int | None) -> CheckpointInfo:
@@ -115,8 +116,10 @@ def _placed(shards: Shards, layout: Layout, table: Table) -> tuple[str, list[dic
         raise ShearingError(f"{shards.path}: its stages have {numbers} layers, its arguments say {table.layers}")
     best: tuple[str, list[dict[str, Placed]]] | None = None
     fewest: list[str] = []
-    for spec in SPECS:
-        stages = stages_of(layout, table, len(shards.stages[0]), spec, numbers)
+    padded = _padded_rows(shards, layout)
+    for spec in READ_SPECS:
+        spread = Spread(layout, table, len(shards.stages[0]), spec, padded)
+        stages = stages_of(spread, numbers)
         problems = _problems(shards, stages)
         if best is None or len(problems) < len(fewest):
             best, fewest = (spec, stages), problems
@@ -126,12 +129,19 @@ def _placed(shards: Shards, layout: Layout, table: Table) -> tuple[str, list[dic
     return best
 
 
-def stages_of(layout: Layout, table: Table, tp: int, spec: str, numbers: Sequence[int]) -> list[dict[str, Placed]]:
+def _padded_rows(shards: Shards, layout: Layout) -> int | None:
+    """Rows of the embedding of all ranks together, padding included."""
+    names = [name for tensor in layout.tensors if tensor.padded for name in tensor.names]
+    found = [[rank[name].shape[0] for rank in shards.stages[0] if name in rank] for name in names]
+    return next((sum(rows) for rows in found if rows), None)
+
+
+def stages_of(spread: Spread, numbers: Sequence[int]) -> list[dict[str, Placed]]:
     """What each pipeline stage holds. numbers: of its layers."""
     stages, start = [], 0
     for stage, number in enumerate(numbers):
         layers = range(start, start + number)
-        stages.append(place_all(layout, table, tp, spec, layers, stage == 0, stage == len(numbers) - 1))
+        stages.append(place_all(spread, layers, stage == 0, stage == len(numbers) - 1))
         start += number
     return stages
 
@@ -205,7 +215,7 @@ def write_megatron(
     table = table_for(config)
     layout, arguments = layout_of(table), arguments_of(config, table, parallel)
     numbers = [table.layers // parallel.pp] * parallel.pp
-    placed = stages_of(layout, table, parallel.tp, parallel.spec, numbers)
+    placed = stages_of(Spread(layout, table, parallel.tp, parallel.spec), numbers)
     stages = _spread(weights, placed, parallel.tp)
     dtype = main_dtype({name: entry.dtype for name, entry in weights.entries.items()})
     arguments |= {

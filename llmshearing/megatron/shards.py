@@ -108,8 +108,8 @@ def open_shards(path: Path | str) -> Shards:
             f"{folder / strange[0]} is of a rank that is neither tensor- nor pipeline-parallel; save the checkpoint "
             "without expert parallelism first"
         )
-    first = _read(folder / found[0] / FILE)
-    arguments, record = _arguments(folder / found[0] / FILE, first), first.get(RECORD)
+    first = read_values(folder / found[0] / FILE)
+    arguments, record = read_arguments(folder / found[0] / FILE, first), first.get(RECORD)
     tp, pp = (_count(folder, arguments, name) for name in ("tensor", "pipeline"))
     names = [[rank_name(rank, stage, pp) for rank in range(tp)] for stage in range(pp)]
     expected = {name for stage in names for name in stage}
@@ -139,7 +139,12 @@ def _count(folder: Path, arguments: Mapping[str, Any], kind: str) -> int:
     return number
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_values(file: Path) -> dict[str, Any]:
+    """The values of one file, a lazy tensor in place of each tensor.
+
+    Raises:
+        ShearingError: it is missing, damaged, or holds more than plain values and the names that are allowed.
+    """
     if not file.is_file():
         raise ShearingError(f"{file} is missing")
     values = TorchFile(file, allowed=ALLOWED).subtree()
@@ -148,23 +153,27 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _arguments(file: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a file whose version is the one that is known."""
+def read_arguments(file: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments in a file.
+
+    Raises:
+        ShearingError: there are none, or the file's version is another than the one that is known.
+    """
     if (version := values.get("checkpoint_version")) != VERSION:
         raise ShearingError(f"{file}: checkpoint_version = {version}; only {VERSION} can be read")
     if not isinstance(values.get("args"), argparse.Namespace):
         raise ShearingError(f"{file} has no arguments of Megatron (args)")
-    if "model" not in values:
-        several = [key for key in values if str(key).startswith("model")]
-        why = f"it has {', '.join(several)}: virtual pipeline stages" if several else "it has none"
-        raise ShearingError(f"{file}: there must be one model in it, and {why}")
     return vars(values["args"])
 
 
 def _checked(file: Path, arguments: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """The tensors of a rank whose arguments are those of the others."""
-    values = _read(file)
-    own = _arguments(file, values)
+    values = read_values(file)
+    own = read_arguments(file, values)
+    if not isinstance(values.get("model"), dict):
+        several = [str(key) for key in values if str(key).startswith("model")]
+        why = f"it has {', '.join(several)}: virtual pipeline stages" if several else "it has none"
+        raise ShearingError(f"{file}: there must be one model in it, and {why}")
     if off := [key for key in DECISIVE if own.get(key) != arguments.get(key)]:
         told = ", ".join(f"{key} = {own.get(key)}, not {arguments.get(key)}" for key in off[:4])
         raise ShearingError(f"{file} disagrees with the first rank: {told}")

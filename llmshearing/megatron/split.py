@@ -124,20 +124,36 @@ class Placed:
         return first
 
 
-def place(
-    tensor: MegatronTensor, layout: Layout, table: Table, tp: int, spec: str, layer: int | None, expert: int | None
-) -> Placed:
+@dataclass(frozen=True)
+class Spread:
+    """How a model is spread, for all of its tensors.
+
+    tp: tensor-parallel ranks. spec: whose names. padded: rows of a padded tensor; None: as few as the layout allows.
+    """
+
+    layout: Layout
+    table: Table
+    tp: int
+    spec: str
+    padded: int | None = None
+
+
+def place(tensor: MegatronTensor, spread: Spread, layer: int | None, expert: int | None) -> Placed:
     """A tensor of the layout with numbers. layer: of the whole model; the name counts from it too.
 
     Raises:
         ShearingError: its parts would not be equal.
     """
+    table, tp = spread.table, spread.tp
     rows = tuple(row.format(layer=layer, expert=expert) for row in tensor.rows)
     shapes = tuple(table.tensor_shape(*table.by_name[row]) for row in rows)
     runs = {ONCE: 1, GROUP: table.sizes()[GROUPS], RANK: tp}[tensor.runs]
     length = sum(shape[tensor.split or 0] for shape in shapes)
-    padding = -length % (layout.multiple * tp) if tensor.padded else 0
-    name = tensor.name(spec).format(layer=layer, expert=expert)
+    padding = 0
+    if tensor.padded:
+        fewest = -length % (spread.layout.multiple * tp)
+        padding = fewest if spread.padded is None else max(0, spread.padded - length)
+    name = tensor.name(spread.spec).format(layer=layer, expert=expert)
     uneven = any(shape[tensor.split or 0] % runs for shape in shapes) or (length + padding) % tp
     if uneven and tensor.split is not None:
         raise ShearingError(
@@ -147,13 +163,12 @@ def place(
     return Placed(name, rows, shapes, runs, tensor.split, padding, tp)
 
 
-def place_all(
-    layout: Layout, table: Table, tp: int, spec: str, layers: Sequence[int], first: bool, last: bool
-) -> dict[str, Placed]:
+def place_all(spread: Spread, layers: Sequence[int], first: bool, last: bool) -> dict[str, Placed]:
     """Name in a stage -> tensor, of one pipeline stage. layers: of the whole model; the stage counts its own from 0."""
     found: dict[str, Placed] = {}
+    table = spread.table
     tied = {row.name for row in table.tensors if row.alias}
-    for tensor in layout.tensors:
+    for tensor in spread.layout.tensors:
         if tensor.per_layer:
             numbers: Mapping[int, int | None] = dict(enumerate(layers))
         elif {FIRST: first, LAST: last}[tensor.stage or FIRST]:
@@ -165,6 +180,6 @@ def place_all(
         experts = range(table.kinds[EXPERT].size) if tensor.per_expert else (None,)
         for own, layer in numbers.items():
             for expert in experts:
-                name = tensor.name(spec).format(layer=own, expert=expert)
-                found[name] = place(tensor, layout, table, tp, spec, layer, expert)
+                name = tensor.name(spread.spec).format(layer=own, expert=expert)
+                found[name] = place(tensor, spread, layer, expert)
     return found

@@ -6,12 +6,13 @@ What is done with them (`llmshearing.megatron`) names none.
 """
 
 from llmshearing.families.megatron.arguments import DECISIVE, Parallel, arguments_of, config_of_arguments, disagreements
-from llmshearing.families.megatron.layout import SPECS, Layout, MegatronTensor
+from llmshearing.families.megatron.layout import READ_SPECS, SPECS, Layout, MegatronTensor
 from llmshearing.families.megatron.layouts import LAYOUTS, layout_of
 
 __all__ = [
     "DECISIVE",
     "LAYOUTS",
+    "READ_SPECS",
     "SPECS",
     "Layout",
     "MegatronTensor",

@@ -234,3 +234,43 @@ def _differ(told: Any, expected: Any) -> bool:
     if isinstance(told, float) or isinstance(expected, float):
         return not math.isclose(told, 1 if expected is None else expected, rel_tol=1e-6)
     return bool(told != expected) and bool(told or expected)
+
+
+# Field of megatron-core's TransformerConfig -> argument.
+_CORE = {
+    "num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "ffn_hidden_size": "ffn_hidden_size",
+    "normalization": "normalization", "layernorm_epsilon": "norm_epsilon", "add_qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm", "window_size": "window_size", "num_moe_experts": "num_experts",
+    "moe_router_topk": "moe_router_topk", TP: TP, PP: PP,
+}  # fmt: skip
+
+
+def core_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of megatron-core's TransformerConfig for a model of ours, without activation, dtype and device."""
+    fields = {field: arguments[name] for field, name in _CORE.items() if arguments.get(name) is not None}
+    constant = {"gated_linear_unit": True, "add_bias_linear": False, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return {**fields, **constant}
+
+
+def core_model(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of megatron-core's GPTModel for a model of ours."""
+    return {
+        "vocab_size": arguments["padded_vocab_size"],
+        "max_sequence_length": arguments["max_position_embeddings"],
+        "share_embeddings_and_output_weights": not arguments["untie_embeddings_and_output_weights"],
+        "position_embedding_type": "rope",
+        "rotary_base": arguments["rotary_base"],
+        "rope_scaling": arguments["use_rope_scaling"],
+        "rope_scaling_factor": arguments["rope_scaling_factor"],
+        "seq_len_interpolation_factor": arguments["rotary_seq_len_interpolation_factor"],
+    }
+
+
+def core_layer(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of megatron-core's spec of a layer of its own modules."""
+    return {
+        "num_experts": arguments.get("num_experts"),
+        "qk_layernorm": arguments["qk_layernorm"],
+        "normalization": arguments["normalization"],
+    }

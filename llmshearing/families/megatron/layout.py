@@ -30,13 +30,16 @@ SPECS = ("local", "te", "te_grouped")
 """Names of megatron-core's sets of modules: its own, those of Transformer Engine, and those with its grouped product of
 experts."""
 
+READ_SPECS = (*SPECS, "stacked")
+"""One more is only read: in distributed checkpoints megatron-core's own norms have other names."""
+
 
 @dataclass(frozen=True)
 class MegatronTensor:
     """One tensor of a Megatron model."""
 
     names: tuple[str, ...]
-    """In the modules of each of SPECS; the last one holds for the rest too. ``{layer}`` counts within the pipeline
+    """In the modules of each of READ_SPECS; the last one holds for the rest too. ``{layer}`` counts within the pipeline
     stage, ``{expert}`` the experts."""
     rows: tuple[str, ...]
     """Names of the table's rows."""
@@ -45,6 +48,8 @@ class MegatronTensor:
     """The dimension that ranks share; None: each rank holds all of it."""
     stage: str | None = None
     """FIRST or LAST; None: the stage of its layer."""
+    partial: bool = False
+    """Whether every rank's gradients of it are of its own heads alone, so that they have to be added up."""
     padded: bool = False
     """Whether rows of zeros fill it up, since every rank holds a multiple of some number of rows."""
 
@@ -58,7 +63,7 @@ class MegatronTensor:
 
     def name(self, spec: str) -> str:
         """Its name in the modules of a spec."""
-        return self.names[min(SPECS.index(spec), len(self.names) - 1)]
+        return self.names[min(READ_SPECS.index(spec), len(self.names) - 1)]
 
 
 @dataclass(frozen=True)

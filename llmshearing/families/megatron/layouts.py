@@ -37,7 +37,8 @@ QKV_BIAS = (
     MegatronTensor((ATTENTION + "linear_qkv.bias",), tuple(f"{ATTN}{name}.bias" for name in QKV), runs=GROUP, split=0),
 )
 HEAD_NORMS = tuple(
-    MegatronTensor((f"{ATTENTION}{name}_layernorm.weight",), (f"{ATTN}{name}_norm.weight",)) for name in "qk"
+    MegatronTensor((f"{ATTENTION}{name}_layernorm.weight",), (f"{ATTN}{name}_norm.weight",), partial=True)
+    for name in "qk"
 )
 POST_NORM = LAYER + "post_attention_layernorm.weight"
 MLP = (
@@ -50,20 +51,29 @@ MLP = (
     ),
     MegatronTensor((DECODER + "mlp.linear_fc2.weight",), (LAYER + "mlp.down_proj.weight",), split=1),
 )
-# A layer of experts keeps its norm apart in both specs. The third name is Transformer Engine's grouped product.
-LOCAL_EXPERT, GROUPED = DECODER + "mlp.experts.local_experts.{expert}.", DECODER + "mlp.experts."
 EXPERT = MOE + ".experts.{expert}."
+
+
+def _expert(name: str) -> tuple[str, ...]:
+    """A projection of an expert; as part of Transformer Engine's grouped product its number stands last."""
+    alone, grouped = f"mlp.experts.local_experts.{{expert}}.{name}.weight", f"mlp.experts.{name}.weight{{expert}}"
+    return tuple(DECODER + each for each in (alone, alone, grouped, alone))
+
+
+# A layer of experts keeps its norm apart, whoever's modules it has.
 EXPERTS = (
-    MegatronTensor((DECODER + "pre_mlp_layernorm.weight",), (POST_NORM,)),
+    MegatronTensor(
+        (*[DECODER + "pre_mlp_layernorm.weight"] * 3, DECODER + "mlp.linear_fc1.layer_norm_weight"), (POST_NORM,)
+    ),
     MegatronTensor((DECODER + "mlp.router.weight",), (MOE + ".gate.weight",)),
     MegatronTensor(
-        (LOCAL_EXPERT + "linear_fc1.weight", LOCAL_EXPERT + "linear_fc1.weight", GROUPED + "linear_fc1.weight{expert}"),
+        _expert("linear_fc1"),
         (EXPERT + "w1.weight", EXPERT + "w3.weight"),
         runs=RANK,
         split=0,
     ),
     MegatronTensor(
-        (LOCAL_EXPERT + "linear_fc2.weight", LOCAL_EXPERT + "linear_fc2.weight", GROUPED + "linear_fc2.weight{expert}"),
+        _expert("linear_fc2"),
         (EXPERT + "w2.weight",),
         split=1,
     ),
