@@ -38,13 +38,33 @@ def fold_checkpoint(
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
-    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
-    config = folded_config(checkpoint.info.hf_config, masks.table, selection)
+    weights, config = fold_weights(
+        checkpoint.weights, checkpoint.info.hf_config, masks.table, selection, zero_closed_blocks=zero_closed_blocks
+    )
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
     info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
-    source_of = {new: name for name, new, _, _ in renamed(masks.table, selection)}
-    return _folded(dict(makers), checkpoint.weights, table_for(info.config), source_of), info, selection
+    return weights, info, selection
+
+
+def fold_weights(
+    weights: LazyTensors,
+    config: Mapping[str, Any],
+    table: Table,
+    selection: Selection,
+    *,
+    zero_closed_blocks: bool = False,
+) -> tuple[LazyTensors, dict[str, Any]]:
+    """Weights of the folded model, each folded on access, and its config.
+
+    Raises:
+        ShearingError: as :func:`llmshearing.fold.fold.fold_lazily`.
+    """
+    makers = fold_lazily(weights, table, selection, zero_closed_blocks=zero_closed_blocks)
+    folded = folded_config(config, table, selection)
+    source_of = {new: name for name, new, _, _ in renamed(table, selection)}
+    small = table_for(CheckpointInfo(folded).config)
+    return _folded(dict(makers), weights, small, source_of), folded
 
 
 def _folded(

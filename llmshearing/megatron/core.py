@@ -171,7 +171,15 @@ def train(core: CoreModel, batches: Sequence[Tensor], rate: float = 1e-4) -> lis
     """A step of AdamW on each batch [B, T]; the losses before each step. In float32, whatever the weights were.
 
     Every rank holds the same batch. Gradients of what all ranks hold agree, except for norms inside heads.
+
+    Raises:
+        ShearingError: experts on several ranks, which megatron-core trains with sequence parallelism only.
     """
+    if core.arguments.get("num_experts") and dist.get_world_size() > 1:
+        raise ShearingError(
+            "megatron-core trains experts on several tensor-parallel ranks only with sequence parallelism, which this "
+            "short check has not: convert to --tp 1"
+        )
     core.model.float()
     core.model.train()
     optimizer = torch.optim.AdamW(core.model.parameters(), lr=rate, weight_decay=0.0)
