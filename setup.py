@@ -20,6 +20,7 @@ def read_version() -> str:
     return found.group(1)
 
 
+MEGATRON = "megatron-core==0.16.1"
 EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
     "flash-attn": ["flash-attn>=2.5"],
@@ -29,7 +30,10 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],
     # plots of llmshearing.data.mixture.target_loss
     "plot": ["matplotlib>=3.8"],
+    # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
+    "megatron": [MEGATRON],
     "dev": [
+        MEGATRON,
         "pyarrow>=15",
         "matplotlib>=3.8",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf

@@ -5,10 +5,12 @@ starting a rank and importing megatron-core takes far longer than a tiny model.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ TIMEOUT = 600  # seconds: a rank that waits for another one is killed
 
 
 def config_of(family, **changes):
+    changes.pop("model_type", None)
     return AutoConfig.for_model(family, **{**SIZES, **OWN.get(family, {}), **changes})
 
 
@@ -122,14 +125,22 @@ def in_megatron_core(folder, tp, jobs):
     told.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(tp)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, __file__, str(told)], env=environment, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert ended.returncode == 0, ended.stderr[-6000:]
+    said = told.with_suffix(".err")
+    with said.open("w") as errors:
+        ranks = subprocess.Popen(
+            [*command, __file__, str(told)], env=environment, stdout=errors, stderr=errors, start_new_session=True
+        )
+        try:
+            code = ranks.wait(TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
+    assert code == 0, said.read_text()[-6000:]
     return json.loads(told.with_suffix(".out").read_text())
 
 
 def main():
+    import psutil
     import torch.distributed as dist
 
     from llmshearing.megatron.core import load, train
@@ -150,6 +161,8 @@ def main():
     if dist.get_rank() == 0:
         told.with_suffix(".out").write_text(json.dumps(found))
     dist.barrier()
+    for child in psutil.Process().children(recursive=True):  # megatron-core leaves those that wrote its files waiting
+        child.kill()
     os._exit(0)  # taking gloo's groups apart may wait for ever
 
 

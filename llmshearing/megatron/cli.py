@@ -87,7 +87,8 @@ def _convert(options: argparse.Namespace, given: Mapping[str, Any], writes: bool
     facts = {key: value for key, value in given.items() if key != CONFIG}
     check_given(facts, info.config, str(options.source))
     if writes:
-        parallel = Parallel(options.tp or 1, options.pp or 1, options.spec or spec)
+        ranks, stages = (1 if number is None else number for number in (options.tp, options.pp))
+        parallel = Parallel(ranks, stages, options.spec or spec)
         write_megatron(_in_dtype(weights, given), info, output, parallel, overwrite=options.overwrite)
     elif output.suffix == ".pt":
         _save(output, _in_dtype(weights, given), info)

@@ -3,9 +3,11 @@
 Never skipped: megatron-core is part of the extra `dev`. One launch of ranks goes through many models.
 """
 
+import shutil
+
 import pytest
 import torch
-from helpers_megatron import FAMILIES, in_megatron_core, save_hf, save_shards
+from helpers_megatron import FAMILIES, assert_same_model, in_megatron_core, save_hf, save_shards, shard
 from transformers import AutoModelForCausalLM
 
 from llmshearing.checkpoints.hf_read import load_hf_weights
@@ -82,6 +84,18 @@ def test_two_ranks_and_their_distributed_checkpoints(models, tmp_path):
         assert not main(["convert", str(folder), str(tmp_path / name), "--tp", "4", "--pp", "2"])
         again = read_megatron(tmp_path / name)[0]
         assert all(torch.equal(again[key], source[key]) for key in source)
+
+
+def test_arguments_with_megatrons_own_objects_are_read(models, tmp_path):
+    """As Megatron-LM saves them: enumerations of its own modules, for which stand-ins are made here."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    folder = shutil.copytree(models[1]["llama"][1][1], tmp_path / "shards")
+    state = shard(folder)
+    state["args"].attention_backend, state["args"].rank = AttnBackend.auto, 0
+    torch.save(state, folder / "release" / "mp_rank_00" / "model_optim_rng.pt")
+    assert not main(["convert", str(folder), str(tmp_path / "out")])
+    assert_same_model(tmp_path / "out", models[1]["llama"][0])
 
 
 @pytest.mark.slow

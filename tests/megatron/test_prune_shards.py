@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     from helpers_runs import save_tokenizer
 
     root = tmp_path_factory.mktemp("made")
-    hf = save_hf(root / "hf", num_key_value_heads=8, tie_word_embeddings=True)
+    hf = save_hf(root / "hf", num_key_value_heads=8, tie_word_embeddings=True, vocab_size=512)
     save_tokenizer(hf)
     (root / "text.jsonl").write_text(TEXT)
     return hf, save_shards(hf, root / "shards", 2), root / "text.jsonl"
