@@ -1,4 +1,4 @@
-"""Imports point one way: train -> training -> prune -> checkpoints -> masks -> fold, data -> families; config."""
+"""Imports point one way: train -> training -> prune -> megatron -> checkpoints -> masks -> fold, data -> families."""
 
 import ast
 import subprocess
@@ -17,6 +17,7 @@ LAYERS = [
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
+    {"megatron"},
     {"prune", "checkpoint"},
     {"training"},
     {"train", "utils", "evaluate"},

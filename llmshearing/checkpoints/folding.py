@@ -41,25 +41,33 @@ def fold_checkpoint(
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
     selection = choice_of(selection) if choice_only else selection
-    weights, config = fold_weights(checkpoint, masks, selection, zero_closed_blocks=zero_closed_blocks)
+    weights, config = fold_weights(
+        checkpoint.weights, checkpoint.info.hf_config, masks.table, selection, zero_closed_blocks=zero_closed_blocks
+    )
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
-    return weights, replace(checkpoint.info, hf_config=config, masks=None).then(done), selection
+    info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
+    return weights, info, selection
 
 
 def fold_weights(
-    checkpoint: Checkpoint, masks: L0Masks, selection: Selection, *, zero_closed_blocks: bool = False
+    weights: LazyTensors,
+    config: Mapping[str, Any],
+    table: Table,
+    selection: Selection,
+    *,
+    zero_closed_blocks: bool = False,
 ) -> tuple[LazyTensors, dict[str, Any]]:
-    """Weights of the model that a selection leaves, each folded on access, and its config; layers may differ in size.
+    """Weights of the folded model, each folded on access, and its config.
 
     Raises:
-        ShearingError: there is no model of the selection.
+        ShearingError: as :func:`llmshearing.fold.fold.fold_lazily`.
     """
-    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
-    values = folded_config(checkpoint.info.hf_config, masks.table, selection)
-    config = replace(checkpoint.info, hf_config=values).config
-    source_of = {new: name for name, new, _, _ in renamed(masks.table, selection)}
-    return _folded(dict(makers), checkpoint.weights, table_for(config), source_of), values
+    makers = fold_lazily(weights, table, selection, zero_closed_blocks=zero_closed_blocks)
+    folded = folded_config(config, table, selection)
+    source_of = {new: name for name, new, _, _ in renamed(table, selection)}
+    small = table_for(CheckpointInfo(folded).config)
+    return _folded(dict(makers), weights, small, source_of), folded
 
 
 def _folded(

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
-from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.fold.selection import Selection, layer_gates
 from llmshearing.masks.l0 import selection_from_gates
 from llmshearing.progress import tqdm
+from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
@@ -42,12 +43,14 @@ def choose(
     calibration: Calibration | None,
     *,
     hidden: str | None = None,
+    tp: int = 1,
     drop_layers: Sequence[int] | None = None,
 ) -> Choice:
     """Keep the units of each row, and the layers, that the loss would miss most.
 
     Args:
         hidden: score of hidden units, "fisher", "energy" or "order" (the first stay); None: what suits the model.
+        tp: see :mod:`llmshearing.prune.balance`.
 
     Raises:
         ShearingError: there is no calibration.
@@ -55,6 +58,7 @@ def choose(
     if calibration is None:
         raise ShearingError("fisher scores need sequences to look at: --calibration")
     cut = rows_to_cut(table, target)
+    check_balance(table, cut, tp)
     drops = drop_layers is None and target[table.layers_key] < table.layers
     scores = fisher_scores(model, table, calibration, [*cut, *(["layer"] if drops else [])])
     if "hidden" in cut and (by := hidden or _suited(model, table)) != FISHER:
@@ -63,7 +67,7 @@ def choose(
     for name, rows in cut.items():
         by_layer = [scores[name]] if rows[0][0].rows is None else scores[name]
         units[name] = tuple(
-            keep_highest(score, kind.rows or 1, number) for score, (kind, number) in zip(by_layer, rows, strict=True)
+            keep_balanced(table, score, kind, number, tp) for score, (kind, number) in zip(by_layer, rows, strict=True)
         )
     if drops:
         drop_layers = drop_least(scores["layer"], table.layers - target[table.layers_key])
@@ -139,6 +143,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         choices=(ENERGY, FISHER, ORDER),
         help="score of hidden units (in a turned model energy, or order with turn --basis output; else fisher)",
     )
+    add_tp(parser)
 
 
 METHOD = Method(
