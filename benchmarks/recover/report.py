@@ -25,30 +25,31 @@ def finished(file: Path) -> list[dict[str, Any]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and smallest and largest where there are several."""
+    """Mean, and smallest and largest where there are several seeds."""
     mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ({min(values):.3f} .. {max(values):.3f})"
+    return f"{mean} (1 seed)" if len(values) < 2 else f"{mean} ({min(values):.3f} .. {max(values):.3f}, {len(values)})"
 
 
 def table(setting: Setting, records: Sequence[Mapping[str, Any]], source: Mapping[str, float]) -> str:
     """Markdown: a row of ROWS in a line, a budget in a column."""
     budgets = sorted(setting.budgets)
     longest = budgets[-1]
-    titles = ["recipe", "as pruned", *(f"{budget:,} tokens" for budget in budgets), "seeds", "from the source"]
-    titles.append("cost, steps of the source")
+    titles = ["recipe", "as pruned", *(f"{budget:,} tokens" for budget in budgets), "above the source", "cost"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    missing = []
     for name, row in ROWS.items():
         own = [each for each in records if each["row"] == name]
+        if not own:
+            missing.append(f"`{name}`")
+            continue
         at = {budget: [each for each in own if each["budget"] == budget] for budget in budgets}
-        cells = [f"`{name}`: {row.label}"]
-        first = at[longest] or own
-        cells.append(spread([each["pruned"] for each in first]) if first else NOT_RUN)
-        cells += [spread([each["loss"] for each in at[budget]]) if at[budget] else NOT_RUN for budget in budgets]
         done = at[longest]
-        cells.append(", ".join(f"{each['seed']}" for each in sorted(done, key=lambda each: each["seed"])))
-        cells.append(f"+{statistics.mean(each['loss'] for each in done) - source['mean']:.3f}" if done else "")
+        cells = [f"`{name}`: {row.label}", f"{statistics.mean(each['pruned'] for each in done or own):.3f}"]
+        cells += [spread([each["loss"] for each in at[budget]]) if at[budget] else NOT_RUN for budget in budgets]
+        cells.append(f"{statistics.mean(each['loss'] for each in done) - source['mean']:.3f}" if done else "")
         cells.append(f"{statistics.mean(each['source_tokens'] for each in done) / STEP:.0f}" if done else "")
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Not run: {', '.join(missing)}."] if missing else []
     return "\n".join(lines)
 
 

@@ -128,7 +128,7 @@ ROWS |= {
     "ours-refit": Row("turned Fisher, refit, trained as ours", OURS, (TURN, REFIT), short=SHORT),
     "ours-turned": Row("turned Fisher, trained as ours", OURS, (TURN, FISHER), short=SHORT),
     "ours-adamw": Row("ours with AdamW", ADAMW, BEST),
-    "ours": Row("ours", OURS, BEST, short=SHORT),
+    "ours": Row("ours: turned by output error, Fisher, refit", OURS, BEST, short=SHORT),
     "ours-dynamic": Row("ours, dynamic mixture", replace(OURS, dynamic=True), BEST),
 }
 DEFAULT = ["scratch", "random", "activation", "activation-kl", "published", "turned-kl", "ours"]
