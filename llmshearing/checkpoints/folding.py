@@ -21,7 +21,7 @@ from llmshearing.families import table_for
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
 from llmshearing.fold.selection import Selection, choice_of, save_selection
-from llmshearing.masks.l0 import L0Masks, final_selection
+from llmshearing.masks.l0 import final_selection
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors
 
