@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.megatron import SPECS, layout_of
-from llmshearing.families.megatron.arguments import core_config, core_layer, core_model
+from llmshearing.families.megatron.arguments import SIZES, core_config, core_layer, core_model
+from llmshearing.families.names import EXPERTS
 from llmshearing.megatron.convert import read_megatron
 from llmshearing.megatron.shards import Shards, open_shards
 
@@ -175,7 +176,7 @@ def train(core: CoreModel, batches: Sequence[Tensor], rate: float = 1e-4) -> lis
     Raises:
         ShearingError: experts on several ranks, which megatron-core trains with sequence parallelism only.
     """
-    if core.arguments.get("num_experts") and dist.get_world_size() > 1:
+    if core.arguments.get(SIZES[EXPERTS]) and dist.get_world_size() > 1:
         raise ShearingError(
             "megatron-core trains experts on several tensor-parallel ranks only with sequence parallelism, which this "
             "short check has not: convert to --tp 1"

@@ -24,7 +24,7 @@ from llmshearing.prune.shards import BALANCE, OF_SHARDS, UNBALANCE, prune_shards
 from llmshearing.prune.targets import DROP, RATIO
 
 REPLAY = "replay"
-# LLaMA-Pruner's names of a target -> size.
+# Names of a target in earlier scripts for Megatron -> size.
 REMAIN = {
     "hidden_size_remain": HIDDEN,
     "num_attention_heads_remain": HEADS,
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _of_shards(command: argparse.ArgumentParser) -> None:
-    """Options for Megatron's shards, by the names that LLaMA-Pruner's users know."""
+    """Options for Megatron's shards, by the names of earlier scripts too."""
     own = command.add_argument_group("Megatron's shards in and out, in place of --model")
     own.add_argument("--megatron", "--load", metavar="DIR", help="Megatron's checkpoint; the output is one")
     own.add_argument("--prune_type", **PRUNE_TYPE)
