@@ -90,6 +90,7 @@ WORK = {
     "compare": ("a b.pt", "compare"),
     "prune": ("random --model a --output b --ratio 0.5", "prune"),
     "pad": ("--model a --output b", "pad"),
+    "evaluate": ("models/a --no_speed", "evaluate"),
 }
 
 

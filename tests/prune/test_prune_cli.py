@@ -262,7 +262,7 @@ def test_the_command_writes_what_it_says(source, text, tmp_path, root):
 def test_commands_of_the_documents_and_of_the_help_parse(root):
     text = (root / "README.md").read_text() + (root / "docs" / "pruners.md").read_text() + EXAMPLES
     commands = re.findall(r"python -m llmshearing\.prune ([a-z].+)", text.replace("\\\n", " "))
-    assert len(commands) == 16
+    assert len(commands) == 19
     for command in commands:
         options = vars(build_parser().parse_args(shlex.split(command)))
         assert options["method"] == REPLAY or read_target(options) or not METHODS[options["method"]].sizes
