@@ -21,6 +21,7 @@ def read_version() -> str:
 
 
 EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "peft>=0.17", "matplotlib>=3.8"]
+MEGATRON = "megatron-core==0.16.1"
 EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
     "flash-attn": ["flash-attn>=2.5"],
@@ -32,8 +33,11 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     # tasks and the plot of llmshearing evaluate; fsspec is left to pip, Composer's extras would pin old versions
     "eval": EVAL,
+    # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
+    "megatron": [MEGATRON],
     "dev": [
         *EVAL,
+        MEGATRON,
         "pyarrow>=15",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
         "moto[s3]>=5",

@@ -13,6 +13,9 @@ with it. `--parts steps` is `benchmarks.step --parts memory`: training steps A, 
     sharded   the same state as a sharded checkpoint  -> compact checkpoint
     export    checkpoint (.pt)                        -> Hugging Face directory
     import    Hugging Face directory                  -> checkpoint (.pt)
+    shards    Hugging Face directory                  -> Megatron's shards of 8 ranks
+    reshard   Megatron's shards of 8 ranks            -> of 2 ranks
+    unshard   Megatron's shards of 8 ranks            -> Hugging Face directory
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from benchmarks.common import RESULTS, save_part
 from llmshearing.checkpoints import write_hf_directory
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, save_checkpoint
 from llmshearing.families import table_for
+from llmshearing.families.megatron import Parallel
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.megatron.convert import write_megatron
 from llmshearing.storage import LazyTensor, LazyTensors
 
 KINDS = ("hidden", "head", "intermediate", "layer")
@@ -101,14 +106,22 @@ def write_sharded(path: Path, config: LlamaConfig, target: dict[str, int]) -> No
     whole.unlink()
 
 
+def write_shards(path: Path, config: LlamaConfig) -> None:
+    write_megatron(random_weights(config), CheckpointInfo(config.to_dict(), history=["random"]), path, Parallel(8))
+
+
 FOLD = ["-m", "llmshearing.utils.post_pruning_processing", "prune_and_save_model"]
 CONVERT = ["-m", "llmshearing.utils.composer_to_hf"]
+SHARDS = ["-m", "llmshearing", "convert"]
 # part -> its input, what writes that, command, name of the output
 CASES: dict[str, tuple[str, Callable[..., None], list[str], str]] = {
     "fold": ("pruning.pt", write_pruning, FOLD, "folded.pt"),
     "sharded": ("sharded", write_sharded, FOLD, "folded.pt"),
     "export": ("plain.pt", write_plain, CONVERT, "exported"),
     "import": ("hf", write_hf, CONVERT, "imported.pt"),
+    "shards": ("hf", write_hf, [*SHARDS, "--tp=8"], "to_shards"),
+    "reshard": ("from_shards", write_shards, [*SHARDS, "--tp=2"], "to_shards"),
+    "unshard": ("from_shards", write_shards, SHARDS, "exported"),
 }
 
 

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("train", "main", "learn what to prune, or continue the pretraining"),
     "prune": ("prune.__main__", "main", "prune in one shot: a choice, no training"),
     "fold": ("checkpoints.cli", "fold", "cut a pruning run's checkpoint to the compact model"),
-    "convert": ("checkpoints.cli", "composer_to_hf", "checkpoint -> Hugging Face directory, or back"),
+    "convert": ("megatron.cli", "convert", "between checkpoints, Hugging Face directories and Megatron's shards"),
     "compare": ("checkpoints.cli", "test_composer_hf_eq", "compare a Hugging Face model with a checkpoint"),
     "evaluate": ("evaluate.__main__", "main", "judge models side by side: loss, tasks, cost, speed"),
     "pad": ("prune.pad", "main", "fill layers of unequal sizes to a plain model"),

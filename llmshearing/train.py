@@ -22,9 +22,12 @@ from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.training.build import build_trainer
+from llmshearing.training.callbacks.fold import FoldAt, FoldDue
+from llmshearing.training.handover import Folded, without_masks
+from llmshearing.training.onerun import after_fold, reached
 from llmshearing.training.resilience.build import restore_random
 from llmshearing.training.resilience.resume import check_files
-from llmshearing.training.resilience.signals import stop_request
+from llmshearing.training.resilience.signals import StopRequest, stop_request
 from llmshearing.training.resilience.stop import StopOnSignal
 from llmshearing.training.resilience.watch import meet, watching
 from llmshearing.training.source import Source, build_masks, read_source
@@ -33,11 +36,17 @@ from llmshearing.training.start import check_start
 log = logging.getLogger("llmshearing.train")
 
 
-def describe(source: Source) -> str:
-    """Source and target shape with their parameter counts."""
+def describe(source: Source, cfg: Config) -> str:
+    """Source and target shape with their parameter counts, and what is done on the way."""
     lines = [f"source  {source.table.count():>15,} parameters  {source.table.shape()}"]
     if source.target is not None:
         lines.append(f"target  {source.target_parameters():>15,} parameters  {source.target}")
+    l0, turn = cfg.model.l0_module, cfg.model.turn
+    if turn is not None:
+        untied = " (the head gets a tensor of its own)" if source.stored is not None else ""
+        lines.append(f"turn    hidden units by {turn.basis}, from {turn.samples} sequences, before all else{untied}")
+    if l0 is not None and l0.fold_at is not None:
+        lines.append(f"fold    at {l0.fold_at}, inside the run, which goes on at the target to {cfg.max_duration}")
     return "\n".join(lines)
 
 
@@ -60,19 +69,40 @@ def train(cfg: Config) -> Trainer:
         source = read_source(cfg)
         device = cfg.device or ("gpu" if torch.cuda.is_available() else "cpu")
         meet(device, cfg.dist_timeout)
-        log.info("%s", describe(source))
-        with watching(cfg.dist_timeout) as watch:
-            trainer = build_trainer(cfg, source, device, request, watch)
+        log.info("%s", describe(source, cfg))
+        folded = reached(cfg)
+        if folded is None:
+            trainer, last = _stage(cfg, source, device, request)
+            if last is None:
+                return trainer
+            data = trainer.state.train_dataloader.dataset
+            del trainer  # its memory is free before another is built
+            cfg, folded = after_fold(cfg, source, last, data, device)
+        else:
+            cfg = without_masks(cfg)
+        return _stage(cfg, source, device, request, folded)[0]
+
+
+def _stage(
+    cfg: Config, source: Source, device: str, request: StopRequest, folded: Folded | None = None
+) -> tuple[Trainer, Path | None]:
+    """Train to the end, or to the fold: then also the checkpoint to be folded. folded: what to go on from after it."""
+    last = None
+    with watching(cfg.dist_timeout) as watch:
+        trainer = build_trainer(cfg, source, device, request, watch, folded)
+        if folded is None:
             save_resolved(cfg)
-            try:
-                fit(trainer, cfg)
-            except Stopped:
-                trainer.engine.close()
-                raise
-            if watch is not None:
-                watch.stop()
-            trainer.close()
-        return trainer
+        try:
+            fit(trainer, cfg)
+        except FoldDue as due:
+            last = due.path
+        except Stopped:
+            trainer.engine.close()
+            raise
+        if watch is not None:
+            watch.stop()
+        trainer.close()
+    return trainer, last
 
 
 def fit(trainer: Trainer, cfg: Config) -> None:
@@ -85,8 +115,11 @@ def fit(trainer: Trainer, cfg: Config) -> None:
         log.info("the run in %s has ended already: nothing to do", cfg.save_folder)
         return
     interrupted = any(isinstance(each, StopOnSignal) and each.evaluate for each in trainer.state.callbacks)
-    if interrupted or (cfg.eval_first and not begun):
+    due = [each for each in trainer.state.callbacks if isinstance(each, FoldAt) and each.due(trainer.state)]
+    if interrupted or (cfg.eval_first and not begun and not due):
         trainer.eval()
+    for each in due:
+        each.end(trainer.state, trainer.logger, anew=interrupted)
     restore_random(trainer)
     trainer.fit()
     wrote = f"wrote {_latest(cfg)}" if cfg.save_folder else "no save_folder: nothing written"
@@ -115,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             check_start(cfg.model.l0_module)
             source = read_source(cfg)
             build_masks(source, cfg)
-            sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source)}\n")
+            sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source, cfg)}\n")
         else:
             train(cfg)
         return 0

@@ -25,7 +25,8 @@ settings.load_profile("default")
 
 
 # Start several ranks, and measure time-outs: never two of these at once.
-ALONE = ("distributed/", "faults/", "training/test_distributed.py", "test_pipeline.py", "data/test_two_ranks.py")
+ALONE = ("distributed/", "faults/", "training/test_distributed.py", "test_pipeline.py", "data/test_two_ranks.py",
+         "megatron/test_core.py", "megatron/test_scripts.py")  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -24,9 +24,11 @@ EVENTS = {
     "step": ["batch_start", "after_forward", "after_backward", "after_train_batch", "batch_end"],
     "evaluation": ["eval_start", "eval_batch_end", "eval_end"],
     "save": ["batch_checkpoint"],
+    "fold": ["batch_end", "batch_checkpoint"],
 }
 INTERVAL = 3  # batches between checkpoints
 BATCHES = 18
+FOLD = 8  # batch at which a run of the stage "folding" folds itself
 
 
 @dataclass
@@ -155,6 +157,8 @@ def _killer(kill: Kill):
                     threading.Thread(target=self._die, daemon=True).start()
 
         def _counts(self, state):
+            if kill.where == "fold":
+                return state.timestamp.batch.value == FOLD
             return kill.where != "save" or state.timestamp.batch.value % INTERVAL == 0
 
         def _die(self):
@@ -172,8 +176,8 @@ def draw_kill(generator: random.Random, where: str, ranks: int) -> Kill:
     if where == "anywhere":
         return Kill(where, delay=generator.uniform(0.8, 3.5), rank=rank)
     event = generator.choice(EVENTS[where])
-    longest = {"step": 0.01, "evaluation": 0.01, "save": 0.02}[where]
-    return Kill(where, event, generator.randint(1, 3), generator.uniform(0, longest), rank)
+    longest = {"step": 0.01, "evaluation": 0.01, "save": 0.02, "fold": 0.5}[where]
+    return Kill(where, event, 1 if where == "fold" else generator.randint(1, 3), generator.uniform(0, longest), rank)
 
 
 def small_lab(root: Path):
@@ -195,7 +199,7 @@ def small_lab(root: Path):
 
 
 def write_jobs(lab, root: Path) -> dict[str, Path]:
-    """Configurations of both stages; the second trains what the first folds to."""
+    """Configurations of both stages (the second trains what the first folds to), and of one run of both."""
     base = {
         "max_duration": f"{BATCHES}ba",
         "eval_interval": "4ba",
@@ -213,7 +217,11 @@ def write_jobs(lab, root: Path) -> dict[str, Path]:
     ft = settings(lab, root / "x", **base, model__l0_module=None, model__path=str(root / "folded.pt"))
     ft["train_loader"]["dataset"]["split"] = "for_ft"
     write_yaml(root / "continue.yaml", ft)
-    return {"pruning": root / "prune.yaml", "continued": root / "continue.yaml"}
+    one = settings(lab, root / "x", **base, model__l0_module__target_model=dict(TARGET))
+    one["model"] |= {"turn": {"samples": 8}}
+    one["model"]["l0_module"] |= {"start": "fisher", "start_samples": 4, "constraint": "exact", "fold_at": f"{FOLD}ba"}
+    write_yaml(root / "one.yaml", one)
+    return {"pruning": root / "prune.yaml", "continued": root / "continue.yaml", "folding": root / "one.yaml"}
 
 
 def load_plain(path: Path) -> dict:

@@ -86,7 +86,7 @@ WORK = {
     "distill cache": ("--teacher a --data b --output c", "cache_targets"),
     "train": ("a.yaml", "load_config"),
     "fold": ("a.pt", "prune_and_save_model"),
-    "convert": ("a b.pt", "hf_to_checkpoint"),
+    "convert": ("a b.pt", "convert_plain"),
     "compare": ("a b.pt", "compare"),
     "prune": ("random --model a --output b --ratio 0.5", "prune"),
     "pad": ("--model a --output b", "pad"),

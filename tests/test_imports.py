@@ -1,4 +1,4 @@
-"""Imports point one way: train -> training -> prune -> checkpoints -> masks -> fold, data -> families; config."""
+"""Imports point one way: train -> training -> prune -> megatron -> checkpoints -> masks -> fold, data -> families."""
 
 import ast
 import subprocess
@@ -11,12 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "progress", "compat"},
     {"files", "families", "lookahead", "moved", "commands"},
     {"config", "storage"},
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
+    {"megatron"},
     {"prune", "checkpoint"},
     {"training"},
     {"train", "utils", "evaluate"},

@@ -40,8 +40,11 @@ SOURCE = Path("examples/quickstart/source")
 CONFIGS = Path("configs/tiny")
 EVAL_SEQUENCES = 64
 """Held-out sequences a domain: enough for two digits, and evaluated several times."""
-PUBLISHED = "max_duration=100ba"
-"""The published recipe trains as long as the others: 100 batches with masks, then as many without."""
+SHORT = ("max_duration=100ba", "scheduler.t_warmup=10ba", "eval_interval=50ba")
+"""Plain training from the random choice sees the tokens that recover.yaml sees."""
+MASKS = ("max_duration=50ba", "scheduler.t_warmup=5ba", "model.l0_module.lagrangian_warmup_steps=20ba")
+AFTER = ("max_duration=50ba", "scheduler.t_warmup=5ba", "eval_interval=50ba")
+"""So does the published recipe: half of them with masks, half without."""
 PROMPTS = ("def __init__(self, ", "Returns a list of ", "The license ")
 
 
@@ -168,11 +171,11 @@ def run(out: Path) -> None:
     )  # fmt: skip
     local = f"data_local={data}"
     prune = out / "prune"
-    cfg = load_config(CONFIGS / "prune.yaml", [local])
+    cfg = load_config(CONFIGS / "prune.yaml", [local, *MASKS])
     target = read_source(cfg).target or {}
     cut(out, target)
     pruned, start = prune / "pruned-latest-rank0.pt", out / "random" / "pruned-latest-rank0.pt"
-    train("learned masks", "prune.yaml", last_checkpoint(prune, cfg), local, f"save_folder={prune}")
+    train("learned masks", "prune.yaml", last_checkpoint(prune, cfg), local, f"save_folder={prune}", *MASKS)
     command(
         "fold", pruned, "llmshearing.utils.post_pruning_processing", "prune_and_save_model",
         str(prune / "latest-rank0.pt"),
@@ -181,8 +184,8 @@ def run(out: Path) -> None:
     follow = [f"distill.teacher={out / 'turned'}", f"distill.selection={out / 'half' / 'selection.safetensors'}"]
     for title, config, path, name, *more in (
         ("continue", "recover.yaml", out / "tied", "recover", *follow),
-        ("continue random", "continue.yaml", start, "continue-random"),
-        ("continue learned masks", "continue.yaml", pruned, "continue", PUBLISHED),
+        ("continue random", "continue.yaml", start, "continue-random", *SHORT),
+        ("continue learned masks", "continue.yaml", pruned, "continue", *AFTER),
     ):
         made = last_checkpoint(out / name, load_config(CONFIGS / config, [local, *more]))
         folder = f"save_folder={out / name}"

@@ -25,7 +25,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
 from llmshearing.families.table import Table
-from llmshearing.masks.l0 import L0Masks
+from llmshearing.masks.l0 import L0Masks, no_energy
 from llmshearing.storage import Archive, LazyTensor, LazyTensors, lazily, open_archive, write_torch_file
 from llmshearing.storage.archive import is_sharded
 
@@ -42,8 +42,8 @@ class CheckpointInfo:
     hf_config: dict[str, Any]
     """``config.to_dict()`` of the model in the file."""
     masks: dict[str, Any] | None = None
-    """kinds, target, target_sparsity, start_sparsity, seed, constraint, noise, head_mode of its masks; None: it has
-    none."""
+    """kinds, target, target_sparsity, start_sparsity, seed, constraint, noise, energy (whether norms count it) and
+    head_mode of its masks; None: it has none."""
     run_config: str | None = None
     """YAML of the training run."""
     tokenizer: str | None = None
@@ -178,6 +178,8 @@ def load_masks(checkpoint: Checkpoint) -> L0Masks:
     try:
         told = {key: about[key] for key in keys} | {key: about[key] for key in later if key in about}
         masks = L0Masks(checkpoint.table, **told)
+        if about.get("energy"):
+            masks.count_energy(no_energy(masks.table))
         masks.load_state_dict(checkpoint.masks, strict=True)
     except KeyError as error:
         raise ShearingError(f"{checkpoint.path}: CheckpointInfo does not tell {error} of the masks") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.checkpoints.checkpoint import is_checkpoint
@@ -28,6 +29,18 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
         "out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/source\n"
         "models/source out/state_dict.pt",
     )
+    conversion_options(said)
+    options = said.parse_intermixed_args(argv)
+
+    def convert() -> int:
+        convert_plain(options, parse_pairs(options.pairs))
+        return 0
+
+    return run(convert)
+
+
+def conversion_options(said: argparse.ArgumentParser) -> None:
+    """What every conversion takes."""
     said.add_argument("source", help="checkpoint file (or its directory), or Hugging Face directory or name")
     said.add_argument("destination", help="directory to write, or .pt file")
     said.add_argument(
@@ -39,18 +52,15 @@ def composer_to_hf(argv: Sequence[str] | None = None) -> int:
     )
     said.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
     said.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    options = said.parse_intermixed_args(argv)
 
-    def convert() -> int:
-        given = parse_pairs(options.pairs)
-        if is_checkpoint(options.source):
-            size, overwrite = options.max_shard_size, options.overwrite
-            checkpoint_to_hf(options.source, options.destination, given, max_shard_size=size, overwrite=overwrite)
-        else:
-            hf_to_checkpoint(options.source, options.destination, given, overwrite=options.overwrite)
-        return 0
 
-    return run(convert)
+def convert_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Between Composer's checkpoints and Hugging Face directories; the source says the direction."""
+    if is_checkpoint(options.source):
+        size, overwrite = options.max_shard_size, options.overwrite
+        checkpoint_to_hf(options.source, options.destination, given, max_shard_size=size, overwrite=overwrite)
+    else:
+        hf_to_checkpoint(options.source, options.destination, given, overwrite=options.overwrite)
 
 
 def post_pruning_processing(argv: Sequence[str] | None = None) -> int:

@@ -20,8 +20,8 @@ from llmshearing.checkpoints.output import check_file
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, folded_shape, renamed
-from llmshearing.fold.selection import Selection, save_selection
-from llmshearing.masks.l0 import L0Masks, final_selection
+from llmshearing.fold.selection import Selection, choice_of, save_selection
+from llmshearing.masks.l0 import final_selection
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors
 
@@ -29,34 +29,45 @@ log = logging.getLogger(__name__)
 
 
 def fold_checkpoint(
-    checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False
+    checkpoint: Checkpoint, *, uniform: bool = False, zero_closed_blocks: bool = False, choice_only: bool = False
 ) -> tuple[LazyTensors, CheckpointInfo, Selection]:
     """Weights of the compact model, each folded on access; its description; and the selection that makes it.
+
+    choice_only: cut only; leave the gates out.
 
     Raises:
         ShearingError: no masks, or masks that fold to no uniform model.
     """
     masks = load_masks(checkpoint)
     selection = final_selection(masks, uniform=uniform, zero_closed_blocks=zero_closed_blocks)
-    weights, config = fold_weights(checkpoint, masks, selection, zero_closed_blocks=zero_closed_blocks)
+    selection = choice_of(selection) if choice_only else selection
+    weights, config = fold_weights(
+        checkpoint.weights, checkpoint.info.hf_config, masks.table, selection, zero_closed_blocks=zero_closed_blocks
+    )
     shape = folded_shape(masks.table, selection)
     done = f"folded {checkpoint.path.name}: {_describe(masks.table.shape())} -> {_describe(shape)}"
-    return weights, replace(checkpoint.info, hf_config=config, masks=None).then(done), selection
+    info = replace(checkpoint.info, hf_config=config, masks=None).then(done)
+    return weights, info, selection
 
 
 def fold_weights(
-    checkpoint: Checkpoint, masks: L0Masks, selection: Selection, *, zero_closed_blocks: bool = False
+    weights: LazyTensors,
+    config: Mapping[str, Any],
+    table: Table,
+    selection: Selection,
+    *,
+    zero_closed_blocks: bool = False,
 ) -> tuple[LazyTensors, dict[str, Any]]:
-    """Weights of the model that a selection leaves, each folded on access, and its config; layers may differ in size.
+    """Weights of the folded model, each folded on access, and its config.
 
     Raises:
-        ShearingError: there is no model of the selection.
+        ShearingError: as :func:`llmshearing.fold.fold.fold_lazily`.
     """
-    makers = fold_lazily(checkpoint.weights, masks.table, selection, zero_closed_blocks=zero_closed_blocks)
-    values = folded_config(checkpoint.info.hf_config, masks.table, selection)
-    config = replace(checkpoint.info, hf_config=values).config
-    source_of = {new: name for name, new, _, _ in renamed(masks.table, selection)}
-    return _folded(dict(makers), checkpoint.weights, table_for(config), source_of), values
+    makers = fold_lazily(weights, table, selection, zero_closed_blocks=zero_closed_blocks)
+    folded = folded_config(config, table, selection)
+    source_of = {new: name for name, new, _, _ in renamed(table, selection)}
+    small = table_for(CheckpointInfo(folded).config)
+    return _folded(dict(makers), weights, small, source_of), folded
 
 
 def _folded(

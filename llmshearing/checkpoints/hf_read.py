@@ -138,20 +138,29 @@ def hf_to_checkpoint(
     """Hugging Face directory or name -> checkpoint in Composer's layout. given: facts to check; ``tokenizer`` sets."""
     output, given = Path(output), given or {}
     check_file(output, overwrite)
-    weights, config = load_hf_weights(name)
-    check_given(given, config, str(name))
-    where = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
-    info = CheckpointInfo(
-        hf_config=plain_config(config),
-        tokenizer=str(given.get("tokenizer") or where),
-        history=[f"converted from the Hugging Face model {where}"],
-        generation_config=_generation(name, config).to_dict(),
-    )
+    weights, info = read_hf(name, given)
     with tqdm(total=len(weights), desc="converting", unit="tensor") as bar:
         save_checkpoint(output, weights, info, progress=bar.update)
-    count = table_for(config).count()
-    log.info("wrote %s (%s parameters, Composer's keys) to %s", where, f"{count:,}", output)
+    count = table_for(info.config).count()
+    log.info("wrote %s (%s parameters, Composer's keys) to %s", _where(name), f"{count:,}", output)
     return output
+
+
+def read_hf(name: Path | str, given: Mapping[str, Any]) -> tuple[LazyTensors, CheckpointInfo]:
+    """Tensors of a Hugging Face model and what is known of it. given: as :func:`hf_to_checkpoint`."""
+    weights, config = load_hf_weights(name)
+    check_given(given, config, str(name))
+    info = CheckpointInfo(
+        hf_config=plain_config(config),
+        tokenizer=str(given.get("tokenizer") or _where(name)),
+        history=[f"converted from the Hugging Face model {_where(name)}"],
+        generation_config=_generation(name, config).to_dict(),
+    )
+    return weights, info
+
+
+def _where(name: Path | str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def looks_local(name: Path | str) -> bool:

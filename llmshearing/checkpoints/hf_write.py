@@ -28,7 +28,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
-from llmshearing.storage.dtypes import cast, main_dtype
+from llmshearing.storage.dtypes import cast_lazily, main_dtype
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,38 @@ def checkpoint_to_hf(
     foreign = {key: value for key, value in given.items() if key not in (*SETTABLE, LABEL)}
     checkpoint = read_checkpoint(path, foreign=foreign, verify=False)  # each tensor is verified as it is read
     refuse_masks(checkpoint)
-    info, config = checkpoint.info, checkpoint.info.config
-    check_given(given, config, str(checkpoint.path))
+    size = max_shard_size
+    return export_hf(
+        checkpoint.weights, checkpoint.info, output, given, where=str(checkpoint.path), max_shard_size=size,
+        overwrite=overwrite,
+    )  # fmt: skip
+
+
+def export_hf(
+    weights: Mapping[str, Tensor],
+    info: CheckpointInfo,
+    output: Path,
+    given: Mapping[str, Any],
+    *,
+    where: str,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """A model and what is known of it -> Hugging Face directory.
+
+    Args:
+        given: as :func:`checkpoint_to_hf`. where: what holds the model, for messages.
+
+    Raises:
+        ShearingError: as :func:`checkpoint_to_hf`.
+    """
+    config = info.config
+    check_given(given, config, where)
     config.architectures = [given.get("model_class") or model_class(config)]
     config.name_or_path = str(given.get(LABEL) or config.name_or_path)
     tokenizer = given.get("tokenizer")
     return write_hf_directory(
-        checkpoint.weights,
+        weights,
         config,
         output,
         dtype=given.get("dtype"),
@@ -124,7 +149,8 @@ def write_hf_directory(
     if table.head_dim_key:
         setattr(config, table.head_dim_key, table.head_dim)
     with new_directory(directory, overwrite) as folder:
-        _write_shards({name: _cast(name, value, wanted[name]) for name, value in once.items()}, folder, max_shard_size)
+        stored = {name: cast_lazily(name, value, wanted[name]) for name, value in once.items()}
+        _write_shards(stored, folder, max_shard_size)
         config.save_pretrained(folder)
         settings.save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
@@ -145,12 +171,6 @@ def _wanted(
         return {name: dtype.get(name, tensor.dtype) for name, tensor in tensors.items()}
     one = DTYPES[dtype] if isinstance(dtype, str) else dtype
     return {name: one or tensor.dtype for name, tensor in tensors.items()}
-
-
-def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    if dtype == tensor.dtype:
-        return tensor
-    return LazyTensor(tensor.shape, dtype, lambda: cast(name, tensor.make(), dtype))
 
 
 def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str) -> None:

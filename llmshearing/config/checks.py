@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from math import isclose
 
-from llmshearing.config.schema import MUON, Config, DataLoading, L0Module, Loader, Optimizer
+from llmshearing.config.schema import MUON, OPEN, Config, DataLoading, L0Module, Loader, Optimizer
 from llmshearing.config.shapes import FACTS, Shape, source_problems, source_shape, target_shape
 from llmshearing.config.values import AUTO, parse_time
 from llmshearing.families.names import BLOCK_MASKS, BLOCKS, LAYERS, MASK_OF_SIZE, YAML_KEYS
@@ -16,6 +16,7 @@ Check = Callable[[Config], Iterator[str]]
 CHECKS: list[tuple[tuple[str, ...], Check]] = []
 TARGET = "model.l0_module.target_model"
 WARMUP = "model.l0_module.lagrangian_warmup_steps"
+FOLD_AT = "model.l0_module.fold_at"
 
 
 def reads(*keys: str) -> Callable[[Check], Check]:
@@ -172,6 +173,8 @@ def check_auto_rate(cfg: Config) -> Iterator[str]:
     if cfg.optimizer.lag_lr != AUTO or l0 is None:
         return
     times = {"max_duration": cfg.max_duration, WARMUP: l0.lagrangian_warmup_steps or "0ba"}
+    if l0.fold_at is not None:
+        times[FOLD_AT] = l0.fold_at
     for name, text in times.items():
         if not text.endswith("dur") and steps_of(cfg, text) is None:
             yield f"{key} = {AUTO} with {name} = {text}: it needs a time in ba, sp or tok, or a number as the rate"
@@ -255,7 +258,7 @@ def check_attention(cfg: Config) -> Iterator[str]:
 ATTENTION = {"flash": "flash_attention_2", "torch": "sdpa", "triton": "sdpa"}
 
 
-@reads("distill", "model.l0_module", "model.path")
+@reads("distill", "model.l0_module", "model.path", "model.turn")
 def check_distillation(cfg: Config) -> Iterator[str]:
     """Somebody else to follow, and a way to tell which of its hidden states are the student's."""
     asked, masked = cfg.distill, cfg.model.l0_module is not None
@@ -269,6 +272,11 @@ def check_distillation(cfg: Config) -> Iterator[str]:
         yield (
             f"distill.hidden = {asked.hidden} without distill.selection: name the selection.safetensors that the "
             "pruner wrote beside model.path"
+        )
+    if asked.hidden and cfg.model.turn is not None and asked.teacher not in (None, cfg.model.path):
+        yield (
+            f"distill.hidden = {asked.hidden} of distill.teacher = {asked.teacher} with model.turn: its hidden units "
+            "are of another basis; leave distill.teacher out"
         )
     if asked.selection is not None and masked:
         yield f"distill.selection = {asked.selection}: while masks train, what they keep is followed; leave it out"
@@ -298,6 +306,31 @@ def check_masks(cfg: Config) -> Iterator[str]:
         yield f"{prefix}.constraint = exact without {TARGET}: a target_sparsity alone goes with lagrangian"
     if l0.target_sparsity is not None and l0.start_sparsity > l0.target_sparsity:
         yield f"{prefix}.start_sparsity = {l0.start_sparsity} is above target_sparsity = {l0.target_sparsity}"
+
+
+@reads("max_duration", "model.l0_module", "save_folder", "fsdp_config", "global_train_batch_size", "max_seq_len")
+def check_fold(cfg: Config) -> Iterator[str]:
+    """A run that folds itself: after the warm-up, before its end, to a shape that is told, with a file in between."""
+    l0 = cfg.model.l0_module
+    if l0 is not None and l0.fold_at is None and l0.refit:
+        yield f"model.l0_module.refit = true without {FOLD_AT}: it fits what is left after the fold"
+    if l0 is None or l0.fold_at is None:
+        return
+    given = f"{FOLD_AT} = {l0.fold_at}"
+    warmup = l0.lagrangian_warmup_steps or "0ba"
+    fold, start, end = (_comparable(cfg, text) for text in (l0.fold_at, warmup, cfg.max_duration))
+    if start[0] and (fold[1] == start[1] or not fold[0]) and fold[0] < start[0]:
+        yield f"{given} is before the warm-up's end, {WARMUP} = {warmup}: fold later, or give a shorter warm-up"
+    if fold[1] == end[1] and fold[0] >= end[0]:
+        yield f"{given} is not before max_duration = {cfg.max_duration}: fold earlier, or leave {FOLD_AT} out"
+    if not fold[0] and l0.start == OPEN:
+        yield f"{given} with model.l0_module.start = {OPEN}: nothing has been chosen by then; start from a method"
+    if l0.target_model is None:
+        yield f"{given} without {TARGET}: the shape to fold to must be told"
+    if not cfg.save_folder:
+        yield f"missing key save_folder: {given} needs it, for the checkpoints before and after"
+    if cfg.fsdp_config is not None and cfg.fsdp_config.state_dict_type == "sharded":
+        yield f"{given} with fsdp_config.state_dict_type = sharded: full, or fold by post_pruning_processing"
 
 
 @reads("model.path", "model.l0_module", *(f"model.{key}" for key in (*YAML_KEYS.values(), *FACTS)))

@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from llmshearing.config.checks import ATTENTION, cross_problems
 from llmshearing.config.schema import OPEN, Config
+from llmshearing.config.values import fraction_of
 from llmshearing.errors import ShearingError
 
 
@@ -47,7 +48,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         cfg.model.activation_checkpointing = bool(cfg.fsdp_config and cfg.fsdp_config.activation_checkpointing)
     l0 = cfg.model.l0_module if "model" not in reader.reported else None
     if l0 is not None and l0.lagrangian_warmup_steps is None:
-        l0.lagrangian_warmup_steps = "0.2dur" if l0.start == OPEN else "0ba"
+        l0.lagrangian_warmup_steps = fraction_of(l0.fold_at or "1dur", 0.2) if l0.start == OPEN else "0ba"
     problems += cross_problems(cfg, reader.reported)
     if problems:
         raise ConfigError(path, problems)

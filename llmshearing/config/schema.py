@@ -71,8 +71,9 @@ class L0Module:
     start_sparsity: float = number(0.0, low=0, high=1)
     """Sparsity the warm-up starts from, 0 to 1."""
     lagrangian_warmup_steps: str | None = time(None)
-    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: 0.2dur;
-    with an informed start 0ba, since a row that is to be open first forgets what it was told."""
+    """Time over which the sparsity asked for rises from start to target; not the learning rate's warm-up. null: a fifth
+    of the run (with fold_at: of the time to it); with an informed start 0ba, since a row that is to be open first
+    forgets what it was told."""
     start: str = OPEN
     """Where the masks start (docs/masks.md). open: all units open; a method of `llmshearing.prune`, such as activation:
     it chooses once, before training; or the path of a selection.safetensors."""
@@ -86,6 +87,19 @@ class L0Module:
     step (needs target_model)."""
     noise: float = number(1.0, low=0)
     """Scale of the noise of the sampled gates; 0: none."""
+    norms: str = choice("auto", "auto", "units", "energy")
+    """What RMSNorms count of the hidden units that are open. units: their number; energy: the energy that they carried
+    in the source, measured at the start; auto: energy with model.turn and with an informed start, else units."""
+    fold_at: str | None = time(None)
+    """When the run folds itself and goes on at the compact size (docs/onerun.md), such as 640ba. 0ba with an informed
+    start: choose once, cut, train the compact model. null: the masks stay to the end, and a command folds them."""
+    refit: bool = False
+    """At fold_at take the choice alone: cut the run's source by it, and fit what stays to the source in closed form
+    (docs/pruners.md). Training of the weights up to there then only served the choice."""
+    refit_samples: int = count(128, low=2)
+    """Sequences of the training split that are fitted to."""
+    refit_ridge: float = number(0.1, low=0, above=True)
+    """Ridge of the fit, a share of the mean square of what a tensor reads."""
     eval_target_model: bool = False
     """Evaluate the model cut to the target shape (true) or sized by the current masks (false)."""
     seed: int = count(II("seed"), low=0)
@@ -93,6 +107,19 @@ class L0Module:
     round_to: int = count(8)
     """Open elements of each axis are rounded up to a multiple of this many, which are quicker to multiply (64 suits
     GPU tiles); the extra units have gate 0, so that nothing changes but the time. 1: no rounding."""
+
+
+@dataclass
+class Turn:
+    """Hidden units turned into directions before anything else: the same function (docs/onerun.md)."""
+
+    samples: int = count(128)
+    """Sequences of the training split that the directions are found by."""
+    basis: str = choice("energy", "energy", "output")
+    """energy: directions in which the inputs of the norms vary most; output: those first from which what reads them is
+    predicted best, for the number of hidden units of target_model."""
+    untie: bool = False
+    """Give a head that is the embedding a tensor of its own, as turning needs."""
 
 
 @dataclass
@@ -148,6 +175,8 @@ class Model:
     """Recompute layers in the backward pass to save memory; null: as fsdp_config.activation_checkpointing, or false."""
     l0_module: L0Module | None = None
     """Masks to train; null in continued pretraining."""
+    turn: Turn | None = None
+    """Turn hidden units before anything else; null: leave them."""
 
 
 @dataclass

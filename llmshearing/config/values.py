@@ -49,6 +49,13 @@ def parse_time(text: str | int) -> TimeValue:
     return TimeValue(value, unit)
 
 
+def fraction_of(text: str, share: float) -> str:
+    """A part of a time, as a time string; rounded down to a whole number where its unit needs one."""
+    value, unit = parse_time(text)
+    part = round(value * share, 9) if unit == "dur" else int(value * share)
+    return f"{part}{unit}"
+
+
 def checked(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A dataclass field whose given value goes through `parse` (None never does)."""
     return field(default=default, metadata={"parse": parse})

@@ -10,9 +10,11 @@ lm-eval asks, scores and computes standard errors; nothing of it is done again h
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +30,9 @@ from llmshearing.progress import tqdm
 FOLDER = Path(__file__).parent / "tasks"
 NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target", "metric_list")
 SPLITS = ("test_split", "validation_split")
-WITH_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+ONE_PROCESS = "DISABLE_MULTIPROC"
+"""Of lm-eval: its standard errors fork a process for each core, which can hang after torch has started threads."""
+WITH_BARS = ("tqdm", "lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 BOOTSTRAPS = 1000
 """Draws for standard errors that have no closed form."""
 
@@ -194,8 +198,10 @@ def _lm_eval() -> Iterator[Any]:
     theirs = [module.tqdm for module in modules]
     for module in modules:
         module.tqdm = tqdm  # type: ignore[attr-defined]
+    os.environ.setdefault(ONE_PROCESS, "1")
     try:
-        yield lm_eval
+        with redirect_stdout(sys.stderr):  # it prints, and standard output is our table's
+            yield lm_eval
     finally:
         for module, bar in zip(modules, theirs, strict=True):
             module.tqdm = bar  # type: ignore[attr-defined]

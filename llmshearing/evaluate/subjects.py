@@ -146,7 +146,9 @@ def _of_masks(path: str, checkpoint: Checkpoint, tokenizer: str | None) -> list[
 def _folded(
     path: str, kind: str, checkpoint: Checkpoint, masks: L0Masks, selection: Any, tokenizer: str | None
 ) -> Subject:
-    weights, values = fold_weights(checkpoint, masks, selection, zero_closed_blocks=kind == NOW)
+    weights, values = fold_weights(
+        checkpoint.weights, checkpoint.info.hf_config, masks.table, selection, zero_closed_blocks=kind == NOW
+    )
     config = replace(checkpoint.info, hf_config=values).config
     return _of_weights(f"{path} [{kind}]", path, kind, weights, config, tokenizer)
 

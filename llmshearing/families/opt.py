@@ -45,7 +45,7 @@ def opt_table(config: Any, head_mode: str = "group") -> Table:
         *projection(LAYER + "fc1", "intermediate", "hidden", biased, block=MLP),
         *projection(LAYER + "fc2", "hidden", "intermediate", biased, gates=both, block=MLP, scaled=True),
     ]
-    more = {"couplings": (HEAD_WIDTH,), "layer_tuple": LAYER_TUPLES}
+    more: dict[str, Any] = {"couplings": (HEAD_WIDTH,), "layer_tuple": LAYER_TUPLES}
     table = decoder_table("opt", config, rows, "group", OPT_KEYS, minimum=1, **more)
     heads = Attribute(LAYER + "self_attn", "num_heads", "query", table.head_dim)
     positions = Axis(read(config, "max_position_embeddings") + OFFSET)

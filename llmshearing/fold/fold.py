@@ -199,7 +199,6 @@ class _Resolver:
             scale = factor if scale is None else scale * factor
         return scale
 
-
     def _energy(self, spec: TensorSpec, layer: int | None) -> Tensor | None:
         """What makes a norm count the energy that is left instead of the units: sqrt(n / |S|), n = d sum_S e_i.
 

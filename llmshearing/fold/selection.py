@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,20 @@ def _problems(kind: Kind, units: Units) -> Iterator[str]:
         yield f"its {kind.rows} groups of {kind.size} keep unequal numbers of units {index}"
 
 
-def save_selection(path: Path | str, selection: Selection, about: Mapping[str, Any] | None = None) -> Path:
-    """Write a selection, whole or not at all. ``about``: anything that JSON can hold."""
-    path = Path(path)
+def choice_of(selection: Selection) -> Selection:
+    """Which units and blocks stay, without their gates."""
+    units = {kind: tuple(replace(row, gate=None) for row in rows) for kind, rows in selection.units.items()}
+    blocks = {block: (gate != 0).to(gate.dtype) for block, gate in selection.blocks.items()}
+    return Selection(units, blocks, selection.energy)
+
+
+def rows_of(selection: Selection) -> dict[str, int]:
+    """Rows of each kind that is cut."""
+    return {kind: len(rows) for kind, rows in selection.units.items()}
+
+
+def tensors_of(selection: Selection) -> dict[str, Tensor]:
+    """The tensors of the module's head; with :func:`rows_of` they say all, see :func:`selection_of`."""
     tensors: dict[str, Tensor] = {}
     for kind, rows in selection.units.items():
         for row, units in enumerate(rows):
@@ -152,10 +163,26 @@ def save_selection(path: Path | str, selection: Selection, about: Mapping[str, A
             if units.gate is not None:
                 tensors[f"units.{kind}.{row}.gate"] = units.gate
     tensors |= {f"blocks.{block}": gate for block, gate in selection.blocks.items()}
-    tensors |= {f"energy.{name}": shares for name, shares in selection.energy.items()}
+    return tensors | {f"energy.{name}": shares for name, shares in selection.energy.items()}
+
+
+def selection_of(tensors: Mapping[str, Tensor], rows: Mapping[str, int]) -> Selection:
+    """The selection of these tensors; KeyError where one is missing."""
+    units = {
+        kind: tuple(_units(tensors, f"units.{kind}.{row}") for row in range(number)) for kind, number in rows.items()
+    }
+    blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
+    energy = {name.removeprefix("energy."): shares for name, shares in tensors.items() if name.startswith("energy.")}
+    return Selection(units, blocks, energy)
+
+
+def save_selection(path: Path | str, selection: Selection, about: Mapping[str, Any] | None = None) -> Path:
+    """Write a selection, whole or not at all. ``about``: anything that JSON can hold."""
+    path = Path(path)
+    tensors = tensors_of(selection)
     metadata = {
         "format": FORMAT,
-        "kinds": json.dumps({kind: len(rows) for kind, rows in selection.units.items()}),
+        "kinds": json.dumps(rows_of(selection)),
         "about": json.dumps(dict(about or {})),
     }
     # A clone each: safetensors refuses tensors that share memory, as the gates of blocks may.
@@ -180,18 +207,13 @@ def load_selection(path: Path | str) -> tuple[Selection, dict[str, Any]]:
     if metadata.get("format") != FORMAT:
         raise ShearingError(f"{path} is no selection: its format is {metadata.get('format')!r}, not {FORMAT!r}")
     try:
-        units = {
-            kind: tuple(_units(tensors, f"units.{kind}.{row}") for row in range(rows))
-            for kind, rows in json.loads(metadata["kinds"]).items()
-        }
+        selection = selection_of(tensors, json.loads(metadata["kinds"]))
         about = json.loads(metadata["about"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ShearingError(f"selection {path} is incomplete: {error!r}") from error
     if wrong := [say for name, tensor in tensors.items() for say in _odd(name, tensor)]:
         raise ShearingError(f"selection {path}: {'; '.join(wrong)}")
-    blocks = {name.removeprefix("blocks."): gate for name, gate in tensors.items() if name.startswith("blocks.")}
-    energy = {name.removeprefix("energy."): shares for name, shares in tensors.items() if name.startswith("energy.")}
-    return Selection(units, blocks, energy), about
+    return selection, about
 
 
 def _odd(name: str, tensor: Tensor) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """The masks of one model: log alphas, multipliers, gates, penalty, and the selection they make.
 
 Shape legend: L layers; ``log_alpha`` of a kind is [N] (hidden), [L] (layer, head_layer, mlp) or [L, rows * N]. Always
-float32 in training, whatever the precision of the model.
+float32 in training, whatever the precision of the model. ``energy`` is [norms, d]: what norms count of hidden units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
 from llmshearing.families.table import EXPERT, Dimension, Table, axes_of
 from llmshearing.fold.fold import check_foldable, folded_shape
 from llmshearing.fold.selection import Selection, Units
+from llmshearing.fold.turn import HIDDEN, stream_norms
 from llmshearing.masks import hard_concrete, lagrangian
 from llmshearing.masks.exact import shifted
 
@@ -70,6 +72,8 @@ class L0Masks(nn.Module):
         multipliers = [] if self.exact else multipliers
         self.lambda_1 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
         self.lambda_2 = nn.ParameterDict({kind: nn.Parameter(torch.zeros(1)) for kind in multipliers})
+        self.energy: Tensor | None
+        self.register_buffer("energy", None)
         self.step, self.progress = 0, 0.0  # optimizer step; elapsed / warm-up: set before each batch
 
     @property
@@ -139,8 +143,24 @@ class L0Masks(nn.Module):
         }
 
     def selection(self, gates: Mapping[str, Tensor], round_to: int = 1) -> Selection:
-        """The selection of these gates; see :func:`selection_from_gates`."""
-        return selection_from_gates(self.table, gates, round_to)
+        """The selection of these gates (:func:`selection_from_gates`), with the norms' energy where it is known."""
+        selection = selection_from_gates(self.table, gates, round_to)
+        if self.energy is None or HIDDEN not in selection.units:
+            return selection
+        return replace(selection, energy=dict(zip(energy_norms(self.table), self.energy, strict=True)))
+
+    def count_energy(self, shares: Mapping[str, Tensor] | None) -> None:
+        """From now on norms count the energy of open hidden units; None: their number.
+
+        Args:
+            shares: name of each of :func:`energy_norms` -> share [d] of each unit; of no other norm.
+        """
+        if shares is None:
+            self.energy = None
+            return
+        rows = [shares[name] for name in energy_norms(self.table)]
+        parameter = next(self.parameters())
+        self.energy = torch.stack(rows).to(parameter.device, parameter.dtype)
 
     # Penalty -----------------------------------------------------------------------------------------------------
 
@@ -202,6 +222,17 @@ class L0Masks(nn.Module):
             a = self.log_alpha[kind]
             size = self.row_size(kind)
             a.copy_(shifted(self.rows(kind, a), size * (1 - target)).reshape(a.shape))
+
+
+def no_energy(table: Table) -> dict[str, Tensor]:
+    """Shares to be filled from a checkpoint."""
+    return {name: torch.zeros(table.axes[HIDDEN].length) for name in energy_norms(table)}
+
+
+def energy_norms(table: Table) -> list[str]:
+    """Names of the weights of the norms that can count energy, in the order of the rows of ``L0Masks.energy``."""
+    norms = [spec for spec in stream_norms(table) if spec.module.form == "rms_norm"]
+    return [name for name, spec, _ in table.instances() if spec in norms]
 
 
 def expected_parameters(table: Table, probability: Mapping[str, Tensor]) -> Tensor:

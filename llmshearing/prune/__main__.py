@@ -15,16 +15,35 @@ import yaml
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
-from llmshearing.families.family import EXAMPLE
+from llmshearing.families.family import EXAMPLE, KEYS
+from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE
 from llmshearing.prune.calibration import SequenceOptions
 from llmshearing.prune.methods import METHODS
 from llmshearing.prune.run import prune
+from llmshearing.prune.shards import BALANCE, OF_SHARDS, UNBALANCE, prune_shards, replay_shards
 from llmshearing.prune.targets import DROP, RATIO
 
+REPLAY = "replay"
+# Names of a target in earlier scripts for Megatron -> size.
+REMAIN = {
+    "hidden_size_remain": HIDDEN,
+    "num_attention_heads_remain": HEADS,
+    "num_query_groups_remain": GROUPS,
+    "ffn_hidden_size_remain": INTERMEDIATE,
+}
+PRUNE_TYPE: dict[str, Any] = {
+    "choices": [BALANCE, UNBALANCE],
+    "default": BALANCE,
+    "help": "balance: every rank keeps equally many units; else the result is of one rank (%(default)s)",
+}
+CONFIG_HELP = "Hugging Face directory whose config completes Megatron's arguments"
 EXAMPLES = f"""
 python -m llmshearing.prune random --model models/source --output out/random \\
     --target {' '.join(f'{key}={size}' for key, size in EXAMPLE.items())} --tp 2
 python -m llmshearing.prune activation --model models/source --output out/narrow --ratio 0.25 --calibration data/mds
+python -m llmshearing.prune random --megatron out/shards --output out/small-shards --hidden_size_remain 192 \\
+    --num_attention_heads_remain 6 --ffn_hidden_size_remain 512 --drop_layers 3 4
+python -m llmshearing.prune replay --megatron out/shards --output out/again --selection out/random/selection.safetensors
 python -m llmshearing.prune depth --model out/narrow --output out/small --drop_layers 3 4
 python -m llmshearing.prune depth --model models/other --output out/other --delete_layer_num 2 \\
     --model_decoder_layers model.decoder.layers --calibration text.txt
@@ -50,12 +69,38 @@ def build_parser() -> argparse.ArgumentParser:
             own.add_argument("--delete_layer_num", type=int, metavar="K", help="layers to drop, in place of a target")
         if method.add_options is not None:
             method.add_options(own)  # type: ignore[arg-type]
+        if method.name in OF_SHARDS:
+            _of_shards(command)
+    again = commands.add_parser(
+        REPLAY,
+        help="cut Megatron's shards by a selection that was saved before",
+        epilog=whole.epilog,
+        formatter_class=whole.formatter_class,
+    )
+    again.add_argument("--megatron", "--load", required=True, metavar="DIR", help="Megatron's checkpoint")
+    again.add_argument("--output", "--save", required=True, help="directory to write")
+    again.add_argument("--selection", required=True, metavar="FILE", help="selection.safetensors of any method")
+    again.add_argument("--prune_type", **PRUNE_TYPE)
+    again.add_argument("--config", metavar="DIR", help=CONFIG_HELP)
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     return whole
 
 
+def _of_shards(command: argparse.ArgumentParser) -> None:
+    """Options for Megatron's shards, by the names of earlier scripts too."""
+    own = command.add_argument_group("Megatron's shards in and out, in place of --model")
+    own.add_argument("--megatron", "--load", metavar="DIR", help="Megatron's checkpoint; the output is one")
+    own.add_argument("--prune_type", **PRUNE_TYPE)
+    own.add_argument("--config", metavar="DIR", help=CONFIG_HELP)
+    own.add_argument("--tokenizer", metavar="DIR", help="for calibration by text (default: what the shards tell)")
+    for option, size in REMAIN.items():
+        names = [f"--{option}", *(["--intermediate_size_remain"] if size == INTERMEDIATE else [])]
+        own.add_argument(*names, type=int, metavar="N", dest=option, help=f"target: {size} that stay")
+
+
 def _common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="Hugging Face directory, or name on the hub")
-    command.add_argument("--output", required=True, help="directory to write")
+    command.add_argument("--model", help="Hugging Face directory, or name on the hub")
+    command.add_argument("--output", "--save", required=True, help="directory to write")
     command.add_argument(
         "--target",
         nargs="+",
@@ -95,6 +140,7 @@ def read_target(options: dict[str, Any]) -> dict[str, Any]:
     files = [text for text in texts if "=" not in text]
     target = parse_pairs(text for text in texts if "=" in text)
     extra = {key: options.pop(key, None) for key in (RATIO, DROP, "delete_layer_num")}
+    extra |= {KEYS[size]: options.pop(option, None) for option, size in REMAIN.items()}
     parts = [*(_read_file(Path(file)) for file in files), {k: v for k, v in extra.items() if v is not None}]
     for part in parts:
         if both := sorted(set(part) & set(target)):
@@ -115,17 +161,44 @@ def _read_file(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def _check_source(options: dict[str, Any]) -> None:
+    """Refuse a command line without a source or with two, and options of the other source.
+
+    Raises:
+        ShearingError: naming the options.
+    """
+    if (options["model"] is None) == (options.get("megatron") is None):
+        either = " or --megatron DIR" if options["method"] in OF_SHARDS else ""
+        raise ShearingError(f"give one source: --model DIR{either}")
+    ignored = ["pad", "save_gpu_memory"] if options["model"] is None else ["config", "tokenizer"]
+    if given := [f"--{key}" for key in ignored if options.get(key)]:
+        raise ShearingError(f"{', '.join(given)}: not for {'shards' if options['model'] is None else '--model'}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
     options = vars(build_parser().parse_args(argv))
+    return run(lambda: _work(options))
 
-    def command() -> int:
-        target = read_target(options)
-        sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
-        prune(options.pop("method"), target=target, sequences=sequences, **options)
+
+def _work(options: dict[str, Any]) -> int:
+    method = options["method"]
+    if method == REPLAY:
+        del options["method"]
+        replay_shards(options.pop("megatron"), options.pop("output"), options.pop("selection"), **options)
         return 0
-
-    return run(command)
+    _check_source(options)
+    target = read_target(options)
+    sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
+    del options["method"]
+    model, shards = options.pop("model"), options.pop("megatron", None)
+    others = ("pad", "save_gpu_memory") if model is None else ("prune_type", "config", "tokenizer")
+    options = {key: value for key, value in options.items() if key not in others}
+    if model is None:
+        prune_shards(method, shards, target=target, sequences=sequences, **options)
+    else:
+        prune(method, model, target=target, sequences=sequences, **options)
+    return 0
 
 
 if __name__ == "__main__":

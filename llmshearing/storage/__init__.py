@@ -7,13 +7,14 @@ torch.distributed.checkpoint (`metadata`: what is in one), `hub` the weights of 
 from llmshearing.files import new_file
 from llmshearing.storage.archive import Archive, open_archive
 from llmshearing.storage.hub import find_file, open_weights
-from llmshearing.storage.lazy import LazyTensor, LazyTensors, lazily, load_weights
-from llmshearing.storage.write import write_safetensors, write_torch_file
+from llmshearing.storage.lazy import LazyTensor, LazyTensors, Recent, lazily, load_weights
+from llmshearing.storage.write import write_safetensors, write_torch_file, write_torch_files
 
 __all__ = [
     "Archive",
     "LazyTensor",
     "LazyTensors",
+    "Recent",
     "find_file",
     "lazily",
     "load_weights",
@@ -22,4 +23,5 @@ __all__ = [
     "open_weights",
     "write_safetensors",
     "write_torch_file",
+    "write_torch_files",
 ]

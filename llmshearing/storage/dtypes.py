@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
+from llmshearing.storage.lazy import LazyTensor
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,6 +29,13 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{torch.finfo(dtype).max:g}; the largest of them is {value:g}. Take bfloat16 or float32"
         )
     return out
+
+
+def cast_lazily(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """:func:`cast`, when the tensor is made."""
+    if dtype == tensor.dtype:
+        return tensor
+    return LazyTensor(tensor.shape, dtype, lambda: cast(name, tensor.make(), dtype))
 
 
 def main_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:

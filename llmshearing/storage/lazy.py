@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,43 @@ class LazyTensors(Mapping[str, Tensor]):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
+
+
+class Recent:
+    """Lazy tensors, the last of which stay in memory, for makers of several tensors that look at the same ones.
+
+    limit: bytes that stay; the newest one stays even where it alone is larger. Safe to use from several threads.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self._limit, self._lock = limit, Lock()
+        self._kept: dict[LazyTensor, _Once] = {}
+
+    def make(self, tensor: LazyTensor) -> Tensor:
+        """The tensor, which nobody may change."""
+        with self._lock:
+            once = self._kept.pop(tensor, None) or _Once(tensor)
+            self._kept[tensor] = once
+            total = sum(kept.nbytes for kept in self._kept)
+            for old in [*self._kept][:-1]:
+                if total > self._limit:
+                    total -= old.nbytes
+                    del self._kept[old]
+        return once.value()
+
+
+class _Once:
+    """A tensor that is made by the first who asks, while the others wait."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._tensor, self._lock = tensor, Lock()
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        with self._lock:
+            if self._value is None:
+                self._value = self._tensor.make()
+            return self._value
 
 
 def lazily(weights: Mapping[str, Tensor]) -> LazyTensors:

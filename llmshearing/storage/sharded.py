@@ -45,6 +45,20 @@ class ShardedFolder:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
+    def tensors(self) -> dict[str, Item]:
+        """Name -> what there is of every tensor; the keys of nested states are joined by dots."""
+        return {".".join(map(str, item.path)): item for item in self._items if item.dtype is not None}
+
+    def at(self, item: Item, *index: int) -> LazyTensor:
+        """The part of a tensor at these places of its first dimensions; only pieces that have some of it are read.
+
+        Raises:
+            ShearingError: the item is no tensor.
+        """
+        if item.dtype is None:
+            raise ShearingError(f"checkpoint {self.path}: {item.path} is no tensor")
+        return LazyTensor(item.shape[len(index) :], item.dtype, lambda: self._assemble(item, index))
+
     def verify(self) -> None:
         """Compare every record of every piece with its checksum.
 
@@ -80,14 +94,16 @@ class ShardedFolder:
             return self._open(item.pieces[0].blob).subtree()
         return LazyTensor(item.shape, item.dtype, lambda: self._assemble(item))
 
-    def _assemble(self, item: Item) -> Tensor:
+    def _assemble(self, item: Item, index: tuple[int, ...] = ()) -> Tensor:
         """The pieces cover the tensor exactly once: :func:`read_metadata` has seen to it."""
-        if len(item.pieces) == 1:
+        if len(item.pieces) == 1 and not index:
             return self._part(item, item.pieces[0])
-        whole = torch.empty(item.shape, dtype=item.dtype)
+        whole, fixed = torch.empty(item.shape[len(index) :], dtype=item.dtype), len(index)
         for piece in item.pieces:
-            place = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.shape, strict=True))
-            whole[place] = self._part(item, piece)
+            places = [slice(at, at + size) for at, size in zip(piece.offsets, piece.shape, strict=True)]
+            if all(place.start <= at < place.stop for at, place in zip(index, places, strict=False)):
+                own = tuple(at - place.start for at, place in zip(index, places, strict=False))
+                whole[tuple(places[fixed:])] = self._part(item, piece)[own]
         return whole
 
     def _part(self, item: Item, piece: Piece) -> Tensor:

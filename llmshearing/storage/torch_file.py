@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,16 @@ BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 class TorchFile:
     """One file, or the part of one from ``start`` on; kept open.
 
+    Args:
+        allowed: further types that its values may hold, as ``torch.serialization.safe_globals`` takes them.
+
     Raises:
         ShearingError: it is not a file of torch.save, or damaged, or its values are more than plain data.
     """
 
-    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self, path: Path, start: int = 0, length: int | None = None, allowed: Sequence[Any] = ()
+    ) -> None:
         self.path = path
         self._tensors: dict[tuple[Any, ...], LazyTensor] = {}
         with damaged(path):
@@ -52,7 +57,7 @@ class TorchFile:
             self._records = self._directory()
             self._verify({start: item for start, item in self._records.items() if TENSORS not in item.filename})
             self._file.seek(0)
-            with FakeTensorMode(), torch.serialization.safe_globals(plain_types()):
+            with FakeTensorMode(), torch.serialization.safe_globals([*plain_types(), *allowed]):
                 values = torch.load(self._file, weights_only=True)
             self._state = self._lazy(values)
 

@@ -15,6 +15,9 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,18 +56,45 @@ def write_torch_file(path: Path, values: Any, progress: Callable[[], object] | N
     Raises:
         ShearingError: the file cannot be written, or a tensor's dtype has no place in it.
     """
+    write_torch_files({path: values}, progress)
+    return path
+
+
+def write_torch_files(files: Mapping[Path, Any], progress: Callable[[], object] | None = None) -> None:
+    """Several such files at once: the first tensor of each, then the second of each, and so on.
+
+    Files that hold parts of the same tensors are so written while these are at hand. Arguments and errors as in
+    :func:`write_torch_file`.
+    """
+    with ExitStack() as opened:
+        parts = [opened.enter_context(_torch_file(path, values)) for path, values in files.items()]
+        rounds = zip_longest(*(part.tensors.items() for part in parts))
+        turns = [(part, item) for turn in rounds for part, item in zip(parts, turn, strict=True) if item is not None]
+        for (part, (_, key)), data in zip(turns, _made(tensor for _, (tensor, _) in turns), strict=True):
+            _record(part.file, part.archive, f"data/{key}", data)
+            if progress is not None:
+                progress()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file that has its values, and waits for its tensors (tensor -> key of its record)."""
+
+    file: BinaryIO
+    archive: zipfile.ZipFile
+    tensors: Mapping[LazyTensor, str]
+
+
+@contextmanager
+def _torch_file(path: Path, values: Any) -> Iterator[_Part]:
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(values)
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         _record(file, archive, "data.pkl", buffer.getvalue())
         _record(file, archive, "byteorder", sys.byteorder.encode())
-        for key, data in zip(pickler.keys.values(), _made(pickler.keys), strict=True):
-            _record(file, archive, f"data/{key}", data)
-            if progress is not None:
-                progress()
+        yield _Part(file, archive, pickler.keys)
         _record(file, archive, "version", b"3\n")
-    return path
 
 
 class _Storage:

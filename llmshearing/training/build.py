@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer, callbacks, loggers, optim
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 
 from llmshearing.config import Config, to_yaml
@@ -20,6 +22,7 @@ from llmshearing.masks.l0 import L0Masks
 from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
 from llmshearing.training.callbacks.dynamic_loading import DynamicLoadingCallback
+from llmshearing.training.callbacks.fold import FoldAt, FoldedInRun
 from llmshearing.training.callbacks.gradients import Gradients
 from llmshearing.training.callbacks.hidden import HiddenWeight
 from llmshearing.training.callbacks.losses import LossMonitor
@@ -30,15 +33,18 @@ from llmshearing.training.devices import has_bfloat16
 from llmshearing.training.distillation import build_teacher
 from llmshearing.training.distributed import fsdp2
 from llmshearing.training.groups import build_optimizer, optimizer_groups
+from llmshearing.training.handover import Folded
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.rates import build_rates
 from llmshearing.training.resilience.build import build_safety
 from llmshearing.training.resilience.resume import plain_data_only, prepare
+from llmshearing.training.resilience.saver import Saver
 from llmshearing.training.resilience.signals import StopRequest
 from llmshearing.training.resilience.watch import Watch
 from llmshearing.training.source import Source, build_masks, load_model, mask_info
 from llmshearing.training.start import start_masks
 from llmshearing.training.targets import Guide
+from llmshearing.training.turning import TurnedBasis, turned
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +109,26 @@ def build_callbacks(
     return ours + [MONITORS[name](**options) for name, options in wanted.items() if options is not None]
 
 
-def build_loggers(cfg: Config) -> list[Any]:
-    """Our line of progress, and Composer's loggers of these names."""
+class AppendingFileLogger(loggers.FileLogger):
+    """Writes on behind what the run wrote before its fold; Composer's own empties the file, whatever it is told."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Open the file, with what was in it first."""
+        self._run_name = state.run_name
+        waiting = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        if (path := Path(self.filename)).is_file():
+            waiting.insert(0, path.read_text(encoding="utf-8"))
+        for text in waiting:
+            self._queue.put_nowait(text)
+        super().init(state, logger)
+
+
+def build_loggers(cfg: Config, go_on: bool = False) -> list[Any]:
+    """Our line of progress, and Composer's loggers of these names. go_on: with the files of the run's stage before."""
+    kinds = {**LOGGERS, **({"file_logger": AppendingFileLogger} if go_on else {})}
     wanted = {name: getattr(cfg.loggers, name) for name in LOGGERS}
     line = [ProgressLine()] if cfg.progress_bar else []
-    return line + [LOGGERS[name](**options) for name, options in wanted.items() if options is not None]
+    return line + [kinds[name](**options) for name, options in wanted.items() if options is not None]
 
 
 def cpu_autocast(cfg: Config, device: str) -> torch.dtype | None:
@@ -125,9 +146,13 @@ def run_info(
 ) -> dict[str, Any]:
     """What the run's checkpoints say of themselves."""
     before = source.checkpoint.info if source.checkpoint is not None else None
+    if before is not None and source.same_run:
+        return {item.name: getattr(before, item.name) for item in fields(before)}
     directory = cfg.model.path if before is None else before.tokenizer
     step = "pruned" if masks is not None else "continued pretraining"
     name = f" ({cfg.run_name})" if cfg.run_name else ""
+    turn = cfg.model.turn if source.basis is not None else None
+    turned_so = [] if turn is None else [f"turned hidden units into directions by {turn.basis}"]
     return {
         "hf_config": source.config.to_dict(),
         "masks": mask_info(masks, source.head_mode),
@@ -135,6 +160,7 @@ def run_info(
         "tokenizer": cfg.tokenizer_name or directory,
         "history": [
             *(before.history if before is not None else []),
+            *turned_so,
             f"{step} from {cfg.model.path} for {cfg.max_duration}{name}",
         ],
         "generation_config": before.generation_config if before is not None else generation_config,
@@ -201,17 +227,33 @@ def trainer_options(cfg: Config, device: str) -> dict[str, Any]:
 
 
 def build_trainer(
-    cfg: Config, source: Source, device: str, request: StopRequest | None = None, watch: Watch | None = None
+    cfg: Config,
+    source: Source,
+    device: str,
+    request: StopRequest | None = None,
+    watch: Watch | None = None,
+    folded: Folded | None = None,
 ) -> Trainer:
-    """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made."""
+    """Everything of a run, ready to fit; with ``autoresume`` it stands where the newest checkpoint was made.
+
+    folded: what the run goes on from after its fold; ``cfg`` then has no masks.
+    """
     masks = build_masks(source, cfg)
-    found = prepare(cfg, source, masks)
+    found = prepare(cfg, source if folded is None else folded.source, masks)
     train, evaluation = build_data(cfg, source)
+    source = turned(source, cfg, train.dataloader.dataset, device, found)
     l0 = cfg.model.l0_module
     if masks is not None:
         start_masks(masks, source, cfg, train.dataloader.dataset, device, found)
-    hf_model = load_model(source, cfg)
     guide = build_guide(cfg, source, train.dataloader.dataset)
+    basis = [TurnedBasis(source.basis)] if source.basis is not None else []
+    stage: list[Callback] = []
+    if folded is not None:
+        source = folded.source  # from here on: what is trained
+        stage = [FoldedInRun(folded.selection)]
+        if guide is not None and guide.hidden is not None:
+            guide.hidden.selection = folded.selection
+    hf_model = load_model(source, cfg)
     model = ShearingModel(
         hf_model,
         masks,
@@ -225,6 +267,7 @@ def build_trainer(
     info = run_info(cfg, source, masks, generation.to_dict() if generation is not None else None)
     dataset = train.dataloader.dataset
     safety = build_safety(cfg, dataset, info, source.config.vocab_size, request or StopRequest(), watch)
+    stage += [FoldAt(l0.fold_at, each) for each in safety if l0 and l0.fold_at and isinstance(each, Saver)]
     with plain_data_only(cfg.trust_checkpoint):
         return Trainer(
             model=model,
@@ -233,8 +276,8 @@ def build_trainer(
             optimizers=build_optimizer(optimizer_groups(hf_model, source.table, masks, cfg), cfg),
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
-            callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *safety],
-            loggers=build_loggers(cfg),
+            callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *basis, *safety, *stage],
+            loggers=build_loggers(cfg, go_on=folded is not None),
             device=device,
             **trainer_options(cfg, device),
         )

@@ -1,7 +1,8 @@
 """Distillation: a frozen teacher whose logits the student follows (Minitron, arXiv 2407.14679: logits alone).
 
 The teacher is the run's own source, loaded once more while masks train, or any model of the same vocabulary. It takes
-no part in the student's parameters, gradients or checkpoints; every rank holds a copy of it.
+no part in the student's parameters, gradients or checkpoints. Every rank holds a copy of it, or where the student is
+sharded (``fsdp_config``) a part.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from composer.utils import dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,8 +23,10 @@ from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.prune.methods.turn import turn_model
 from llmshearing.storage import load_weights
 from llmshearing.training.cache.codec import Codec
+from llmshearing.training.distributed import shard_frozen
 from llmshearing.training.hidden import HiddenStates, build_hidden, recorded
 from llmshearing.training.source import Source
 from llmshearing.training.sparse import SAMPLED, content_keys, sparse_targets
@@ -37,6 +41,7 @@ class Teacher(Guide):
     Args:
         model: any model of the student's vocabulary. weight, ce, temperature, hidden: see :class:`Guide`.
         top_k, tail: give sparse targets of so many entries (`llmshearing.training.sparse`); None: the logits.
+        sharded: every rank holds a part, and all ask at the same time.
     """
 
     def __init__(
@@ -49,9 +54,11 @@ class Teacher(Guide):
         *,
         top_k: int | None = None,
         tail: str = SAMPLED,
+        sharded: bool = False,
     ) -> None:
         super().__init__(weight, ce, temperature, hidden)
         self.model = model.eval().requires_grad_(False)
+        self.sharded, self.placed = sharded, False
         self.top_k, self.tail = top_k, tail
 
     @cached_property
@@ -63,8 +70,7 @@ class Teacher(Guide):
     def ask(self, batch: Mapping[str, Tensor], view: View | None = None) -> Answer:
         """See :meth:`Guide.ask`; the model follows the ids to their device."""
         input_ids = batch["input_ids"]
-        if self.model.device != input_ids.device:
-            self.model.to(input_ids.device)
+        self._place(input_ids.device)
         with recorded(self.layers if view else (), view) as states:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
         if self.top_k is None:
@@ -72,6 +78,14 @@ class Teacher(Guide):
         targets = sparse_targets(logits, self.top_k, self.tail, content_keys(input_ids), self.temperature)
         codec = Codec(logits.shape[-1], targets.ids.shape[-1], self.tail)
         return Answer(codec.rounded(targets), states)  # to the very bits that a cache would give
+
+    def _place(self, device: torch.device) -> None:
+        """Bring the model, or this rank's part of it, to the device, once."""
+        if not self.placed and self.sharded:
+            shard_frozen(self.model, self.layers, device)
+        elif not self.placed:
+            self.model.to(device)
+        self.placed = True
 
 
 def build_teacher(cfg: Config, source: Source) -> Teacher | None:
@@ -85,13 +99,17 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
     asked = cfg.distill
     path = asked.teacher or cfg.model.path
     model = _load(path)
+    if path == cfg.model.path and source.basis is not None:  # the student's own source, turned as the student was
+        turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
     own, theirs = source.config.vocab_size, model.config.vocab_size
     if own != theirs:
         raise ShearingError(f"distill.teacher = {path} has vocab_size {theirs}, {cfg.model.path} has {own}; take one")
     recorded = source.checkpoint.info.tokenizer if source.checkpoint is not None else cfg.model.path
     _check_tokenizers(path, cfg.tokenizer_name or recorded)
     hidden = build_hidden(asked, model.config, source.table)
-    return Teacher(model, asked.weight, asked.ce, asked.temperature, hidden, top_k=asked.top_k, tail=asked.tail)
+    options: dict[str, Any] = {"top_k": asked.top_k, "tail": asked.tail}
+    options["sharded"] = cfg.fsdp_config is not None and dist.get_world_size() > 1
+    return Teacher(model, asked.weight, asked.ce, asked.temperature, hidden, **options)
 
 
 def _load(path: str) -> PreTrainedModel:

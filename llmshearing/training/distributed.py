@@ -20,7 +20,8 @@ import torch
 from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -69,6 +70,17 @@ def mark_units(model: nn.Module, masks: nn.Module | None) -> None:
     model.fsdp_wrap_fn = lambda module: isinstance(module, GradientCheckpointingLayer)  # type: ignore[assignment]
     if masks is not None:
         masks._fsdp_wrap = False  # type: ignore[assignment]
+
+
+def shard_frozen(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Shard a model that is not trained over all ranks: one unit a layer, one for the rest; call once, on every rank.
+
+    It comes to ``device`` one unit at a time, so that no device holds more than its shards and one layer.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for unit in (*layers, model):
+        unit.to(device)
+        fully_shard(unit, mesh=mesh)
 
 
 def divide_sums(model: nn.Module) -> None:

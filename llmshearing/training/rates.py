@@ -1,6 +1,6 @@
 """Learning rates of masks and multipliers that follow the length of the stage: `optimizer.lag_lr: auto`.
 
-    T steps of the stage, W of them warm-up (the time over which the sparsity asked for rises)
+    T steps of the stage with masks, W of them warm-up (the time over which the sparsity asked for rises)
 
     masks       8 / W in the warm-up, then at most 0.08       log alpha has about 6 to travel, from 4.5 to below 0
     lambda_2    1000 / T                                      near 1000 at the end, whatever T
@@ -56,10 +56,10 @@ def build_rates(cfg: Config) -> Rates | None:
     l0 = cfg.model.l0_module
     if l0 is None or cfg.optimizer.lag_lr != AUTO:
         return None
-    steps, warmup = steps_of(cfg, cfg.max_duration), steps_of(cfg, l0.lagrangian_warmup_steps or "0ba")
+    steps, warmup = steps_of(cfg, l0.fold_at or cfg.max_duration), steps_of(cfg, l0.lagrangian_warmup_steps or "0ba")
     if steps is None or warmup is None:  # `check_auto_rate` has said so
         raise ShearingError(f"optimizer.lag_lr = {AUTO}: the length of the run is not known in steps")
-    return Rates(steps, warmup)
+    return Rates(max(1.0, steps), warmup)
 
 
 def mask_groups(masks: L0Masks, cfg: Config) -> list[dict[str, Any]]:

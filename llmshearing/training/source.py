@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import init_empty_weights
 
@@ -23,7 +27,10 @@ from llmshearing.families.names import HEAD_DIM
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import config_of_shape
+from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
 from llmshearing.masks.l0 import L0Masks
+from llmshearing.prune.methods.turn import OUTPUT, turn_model
+from llmshearing.prune.refit import check_refittable
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
 
@@ -39,6 +46,17 @@ class Source:
     head_mode: str
     target: dict[str, int] | None
     checkpoint: Checkpoint | None
+    stored: PretrainedConfig | None = None
+    """Config of the stored weights, where turning them parts a head from its embedding; None: ``config``."""
+    basis: Tensor | None = None
+    """What hidden units are turned by whenever the weights are loaded; None: nothing."""
+    same_run: bool = False
+    """Whether ``checkpoint`` is of the very run that trains this, which has folded itself."""
+
+    @property
+    def stored_table(self) -> Table:
+        """The table of the stored weights."""
+        return self.table if self.stored is None else table_for(self.stored, self.head_mode)
 
     def target_parameters(self) -> int | None:
         """Parameters of the model of the target's shape, embeddings and all."""
@@ -63,8 +81,13 @@ def read_source(cfg: Config) -> Source:
     hf_config = _without_dropout(_hf_config(cfg, checkpoint))
     table = table_for(hf_config)
     shape = complete(table.sizes())
-    if problems := [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]:
+    problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
+    if problems := [*problems, *turn_problems(cfg, table), *refit_problems(cfg, table)]:
         raise ShearingError("\n".join(problems))
+    stored = None
+    if cfg.model.turn is not None and any(spec.alias for spec in table.tensors):
+        stored, hf_config = hf_config, _untied(hf_config)
+        table = table_for(hf_config)
     mode = head_mode(cfg, shape)
     target = None
     if (wanted := target_shape(cfg, shape)) is not None:
@@ -73,7 +96,7 @@ def read_source(cfg: Config) -> Source:
         target = {key: number for key, number in {**table.shape(), **target}.items() if number is not None}
         if problems := table.shape_problems(target):
             raise ShearingError("model.l0_module.target_model: " + "\n".join(problems))
-    return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint)
+    return Source(hf_config, table_for(hf_config, mode), mode, target, checkpoint, stored)
 
 
 def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
@@ -120,15 +143,18 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
         ShearingError: weights are missing, unexpected or of another shape.
     """
     attention = cfg.model.attn_implementation or "sdpa"
+    stored = copy.deepcopy(source.stored or source.config)
     if not reads_source(cfg):
         with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
             model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:
-        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(stored, dtype=torch.float32)
         load_weights(model, source.checkpoint.weights)
     else:
-        model = load_hf_model(cfg.model.path, torch.float32, source.config)
+        model = load_hf_model(cfg.model.path, torch.float32, stored)
+    if source.basis is not None and reads_source(cfg):
+        turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
     model.set_attn_implementation(_causal(attention, source.config))
     if cfg.model.activation_checkpointing:
         # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
@@ -141,6 +167,53 @@ def _causal(attention: str, config: PretrainedConfig) -> str:
 
     windowed = getattr(config, "sliding_window", None) is not None
     return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention
+
+
+def turn_problems(cfg: Config, table: Table) -> Iterator[str]:
+    """What keeps a source of this table from being turned, as far as that can be told without its weights."""
+    turn, max_seq_len = cfg.model.turn, cfg.max_seq_len
+    if turn is None:
+        return
+    key = "model.turn"
+    for check in (check_turnable, partial(check_tied, untie=turn.untie)):
+        try:
+            check(table)
+        except ShearingError as error:
+            yield f"{key}: {error}".replace("Say --untie", f"Say {key}.untie=true")
+    tokens, size = turn.samples * max_seq_len, table.axes[HIDDEN].length
+    target = cfg.model.l0_module.target_model if cfg.model.l0_module is not None else None
+    if turn.basis == OUTPUT and not 0 < (target.d_model or 0 if target is not None else 0) < size:
+        yield (
+            f"{key}.basis = {OUTPUT} is made for a number of hidden units that stay: give "
+            f"model.l0_module.target_model.d_model, below {size}, or take energy"
+        )
+    if tokens < size:
+        yield (
+            f"{key}.samples = {turn.samples} of max_seq_len = {max_seq_len}: {tokens:,} tokens cannot tell {size:,} "
+            f"directions apart; give at least {-(-size // max_seq_len)}"
+        )
+
+
+def refit_problems(cfg: Config, table: Table) -> Iterator[str]:
+    """What keeps a compact model of this table from being refitted."""
+    if cfg.model.l0_module is None or not cfg.model.l0_module.refit:
+        return
+    try:
+        check_refittable(table)
+    except ShearingError as error:
+        yield f"model.l0_module.refit: {error}"
+
+
+def kept_units(source: Source) -> int | None:
+    """Hidden units of the target; None where there is none."""
+    return None if source.target is None else source.table.units(source.target)[HIDDEN]
+
+
+def _untied(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the same model with a head of its own."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
 
 
 def build_masks(source: Source, cfg: Config) -> L0Masks | None:
@@ -171,5 +244,6 @@ def mask_info(masks: L0Masks | None, head_mode: str) -> dict[str, Any] | None:
         "seed": masks.seed,
         "constraint": masks.constraint,
         "noise": masks.noise,
+        "energy": masks.energy is not None,
         "head_mode": head_mode,
     }

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.corpus import build, build_domain
-from examples.quickstart.run import CONFIGS, PUBLISHED, SOURCE, last_checkpoint, table
+from examples.quickstart.run import AFTER, CONFIGS, MASKS, SHORT, SOURCE, last_checkpoint, table
 from examples.quickstart.train_source import SEQUENCE, is_held_out, pack
-from llmshearing.config import load_config, source_shape, target_shape
+from llmshearing.config import Config, load_config, source_shape, target_shape
 from llmshearing.errors import ShearingError
 from llmshearing.training.loss import token_losses
 
@@ -82,22 +82,22 @@ def test_held_out_share_is_the_one_that_the_data_command_is_given() -> None:
 
 
 def test_all_ways_see_the_same_tokens_and_end_in_the_same_shape(root: Path) -> None:
-    prune, later, recover = (
-        load_config(root / CONFIGS / f"{name}.yaml", []) for name in ("prune", "continue", "recover")
-    )
-    shorter = load_config(root / CONFIGS / "continue.yaml", [PUBLISHED])
-    assert target_shape(prune) == source_shape(later) == source_shape(recover)
-    random, ours, masked, after = (
-        int(cfg.max_duration.removesuffix("ba")) * cfg.global_train_batch_size
-        for cfg in (later, recover, prune, shorter)
-    )
-    assert random == ours == masked + after
+    def config(name: str, *overrides: str) -> Config:
+        return load_config(root / CONFIGS / f"{name}.yaml", overrides)
+
+    recover, masks = config("recover"), config("prune", *MASKS)
+    random, after = (config("continue", *overrides) for overrides in (SHORT, AFTER))
+    assert target_shape(masks) == source_shape(after) == source_shape(recover)
+    sequences = [
+        int(c.max_duration.removesuffix("ba")) * c.global_train_batch_size for c in (recover, random, masks, after)
+    ]
+    assert sequences[0] == sequences[1] == sequences[2] + sequences[3]
 
 
 def test_stages_know_the_names_of_what_they_make(root: Path) -> None:
     cfg = load_config(root / CONFIGS / "prune.yaml", [])
     assert last_checkpoint(Path("x"), cfg) == Path("x/ep0-ba100-rank0.pt")
     later = load_config(root / CONFIGS / "recover.yaml", [])
-    assert last_checkpoint(Path("x"), later) == Path("x/ep0-ba400-rank0.pt")
+    assert last_checkpoint(Path("x"), later) == Path("x/ep0-ba200-rank0.pt")
     text = table({"source": {"parameters": 1234567, "mean": 1.5}, "small": {"parameters": 10, "mean": 2.0}})
     assert "1,234,567" in text and "2.0000" in text

@@ -1,4 +1,4 @@
-"""The whole fault campaign: kills at random moments in both stages, on one rank and on two, and what survived.
+"""The whole fault campaign: kills at random moments in both stages and in runs of both, on one and two ranks.
 
     python tests/faults/campaign.py [--kills 32] [--seed 0] [--report benchmarks/results/faults.json]
 
@@ -25,7 +25,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT.parent), os.envi
 from helpers_faults import INTERVAL, Job, differences, draw_kill, small_lab, write_jobs  # noqa: E402
 
 PLACES = ["step", "save", "evaluation", "start-up", "anywhere", "step", "save", "anywhere"]
-SETTINGS = [("pruning", 1), ("continued", 1), ("pruning", 2), ("continued", 2)]
+SETTINGS = [("pruning", 1), ("continued", 1), ("pruning", 2), ("continued", 2), ("folding", 1), ("folding", 2)]
+AROUND = ["fold", "step", "fold", "start-up"]  # where runs that fold themselves are killed
 KILLS_A_RUN = 4
 
 
@@ -74,6 +75,7 @@ def campaign(root: Path, kills: int, seed: int, say=print) -> dict:
         folder.mkdir()
         job = Job(folder, configs[stage], ranks)
         places = [PLACES[(len(runs) * 3 + i) % len(PLACES)] for i in range(KILLS_A_RUN)]
+        places = AROUND if stage == "folding" else places
         mine = kill_and_resume(job, generator, places, stage)
         differ = differences(references[stage, ranks], job.result())
         for row in mine:
@@ -93,7 +95,7 @@ def summary(result: dict) -> dict:
     return {
         "kills": len(killed),
         "survived": sum(row["survived"] for row in killed),
-        "by_place": {place: sum(row["where"] == place for row in killed) for place in sorted(set(PLACES))},
+        "by_place": {place: sum(row["where"] == place for row in killed) for place in sorted({*PLACES, *AROUND})},
         "by_setting": {
             f"{stage}, {ranks} ranks": sum(row["stage"] == stage and row["ranks"] == ranks for row in killed)
             for stage, ranks in SETTINGS

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from helpers_faults import INTERVAL, Job, Kill, differences, draw_kill, small_lab, write_jobs
+from helpers_faults import FOLD, INTERVAL, Job, Kill, differences, draw_kill, small_lab, write_jobs
 
 SETTINGS = [("pruning", 1), ("continued", 1), ("pruning", 2)]
 
@@ -65,6 +65,18 @@ def test_killed_at_random(jobs, stage, ranks):
     outcome = ends_alike(jobs, job, stage)
     assert f"going on from batch {saved} of" in outcome.output
     assert not list(job.saved.glob("*.tmp")) and not (job.saved / ".writing").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_around_the_fold(jobs, ranks):
+    """Before its checkpoint, in its hand-over, and at the compact size: the run ends as if it had run through."""
+    job = jobs(f"folding-{ranks}", "folding", ranks)
+    for event, delay in (("batch_end", 0.0), ("batch_checkpoint", 0.1 * ranks))[: 3 - ranks]:
+        outcome = job.start(Kill("fold", event, 1, delay))
+        assert -9 in outcome.codes, outcome.output
+        assert job.batch_saved() in (FOLD - FOLD % INTERVAL, FOLD)
+    job.start(Kill("step", "batch_start", FOLD + 2))
+    ends_alike(jobs, job, "folding")
 
 
 def test_a_run_that_has_ended_is_left_alone(jobs):

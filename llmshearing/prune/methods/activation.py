@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
 from llmshearing.families.table import Table
-from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.fold.selection import Selection, layer_gates
 from llmshearing.progress import tqdm
+from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.methods.depth import block_influence, drop_least, narrowed
@@ -35,9 +36,10 @@ def choose(
     target: Mapping[str, Any],
     calibration: Calibration | None,
     *,
+    tp: int = 1,
     drop_layers: Sequence[int] | None = None,
 ) -> Choice:
-    """Keep the most important units of each row.
+    """Keep the most important units of each row. tp: see :mod:`llmshearing.prune.balance`.
 
     Raises:
         ShearingError: there is no calibration, or experts or their units are to be cut.
@@ -50,10 +52,11 @@ def choose(
             f"activation does not score {', '.join(unseen)} of a mixture of experts, each of which sees tokens of its "
             "own: take another method"
         )
+    check_balance(table, cut, tp)
     scores = importance(model, table, calibration)
     units = {
         name: tuple(
-            keep_highest(score, kind.rows or 1, number)
+            keep_balanced(table, score, kind, number, tp)
             for score, (kind, number) in zip(scores[name], rows, strict=True)
         )
         for name, rows in cut.items()
@@ -136,4 +139,5 @@ METHOD = Method(
     choose=choose,
     help="most active units (Minitron), width before depth",
     sizes=ALL_SIZES,
+    add_options=add_tp,
 )

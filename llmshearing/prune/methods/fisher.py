@@ -5,13 +5,15 @@
 The empirical Fisher information of the gates (Molchanov et al., arXiv 1906.10771; Kwon et al., arXiv 2204.09656). All
 kinds of units come from one forward and backward pass a sequence, through the gating of `llmshearing.fold.gating`. In a
 turned model (`llmshearing.prune.methods.turn`) hidden units go by their energy instead, or by their order where it was
-turned for a number of them.
+turned for a number of them. Intermediate units can go by optimal brain surgery
+(`llmshearing.prune.methods.obs.choice`).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +22,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.names import INTERMEDIATE
 from llmshearing.families.table import Table
 from llmshearing.fold.gating import attach, detach
-from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.fold.selection import Selection, layer_gates
 from llmshearing.masks.l0 import selection_from_gates
 from llmshearing.progress import tqdm
+from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.methods.depth import drop_least
+from llmshearing.prune.methods.obs.choice import check_choosable, choose_units
 from llmshearing.prune.methods.turn import goes_by_order, is_turned
 from llmshearing.prune.targets import rows_to_cut
 
-ENERGY, FISHER, ORDER = "energy", "fisher", "order"
+ENERGY, FISHER, ORDER, OBS = "energy", "fisher", "order", "obs"
 
 
 def choose(
@@ -42,33 +47,50 @@ def choose(
     calibration: Calibration | None,
     *,
     hidden: str | None = None,
+    tp: int = 1,
+    units: str = FISHER,
+    offload: Path | str | None = None,
     drop_layers: Sequence[int] | None = None,
 ) -> Choice:
     """Keep the units of each row, and the layers, that the loss would miss most.
 
     Args:
         hidden: score of hidden units, "fisher", "energy" or "order" (the first stay); None: what suits the model.
+        tp: see :mod:`llmshearing.prune.balance`.
+        units: how intermediate units are chosen, "fisher" or "obs". offload: a directory, where activations wait for
+            "obs"; None: in memory.
 
     Raises:
-        ShearingError: there is no calibration.
+        ShearingError: there is no calibration; or intermediate units go by "obs", and none are cut or they belong to
+            experts.
     """
     if calibration is None:
         raise ShearingError("fisher scores need sequences to look at: --calibration")
     cut = rows_to_cut(table, target)
+    check_balance(table, cut, tp)
+    if units == OBS:
+        check_choosable(table)
+        if tp > 1:
+            raise ShearingError(f"--units {OBS} with --tp {tp}: its choice knows no balance; take --units {FISHER}")
+        if INTERMEDIATE not in cut:
+            raise ShearingError(f"--units {OBS}: the target cuts no intermediate units; leave it out")
     drops = drop_layers is None and target[table.layers_key] < table.layers
     scores = fisher_scores(model, table, calibration, [*cut, *(["layer"] if drops else [])])
     if "hidden" in cut and (by := hidden or _suited(model, table)) != FISHER:
         scores["hidden"] = _order(table) if by == ORDER else _energy(model, table, calibration)
-    units = {}
+    kept = {}
     for name, rows in cut.items():
         by_layer = [scores[name]] if rows[0][0].rows is None else scores[name]
-        units[name] = tuple(
-            keep_highest(score, kind.rows or 1, number) for score, (kind, number) in zip(by_layer, rows, strict=True)
+        kept[name] = tuple(
+            keep_balanced(table, score, kind, number, tp) for score, (kind, number) in zip(by_layer, rows, strict=True)
         )
+    if units == OBS:
+        of_hidden = kept["hidden"][0].index if "hidden" in kept else None
+        kept[INTERMEDIATE] = choose_units(model, table, cut[INTERMEDIATE], calibration, of_hidden, offload)
     if drops:
         drop_layers = drop_least(scores["layer"], table.layers - target[table.layers_key])
-    about = {"scores": {name: score.tolist() for name, score in scores.items()}}
-    return Choice(Selection(units, layer_gates(table.layers, drop_layers)), about)
+    about = {"scores": {name: score.tolist() for name, score in scores.items()}, "units": units}
+    return Choice(Selection(kept, layer_gates(table.layers, drop_layers)), about)
 
 
 def _suited(model: PreTrainedModel, table: Table) -> str:
@@ -138,6 +160,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--hidden",
         choices=(ENERGY, FISHER, ORDER),
         help="score of hidden units (in a turned model energy, or order with turn --basis output; else fisher)",
+    )
+    add_tp(parser)
+    parser.add_argument(
+        "--units",
+        choices=(FISHER, OBS),
+        default=FISHER,
+        help="score of intermediate units; obs: least error after the others make up for it, the choice alone "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--offload",
+        type=Path,
+        metavar="DIR",
+        help="with --units obs: keep activations, 4 (hidden + intermediate) bytes a token, in temporary files in DIR",
     )
 
 

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
-from llmshearing.families.table import Kind, Table
+from llmshearing.families.table import Table
 from llmshearing.fold.selection import Selection, keep_highest, layer_gates
+from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import ALL_SIZES, Choice, Method
 from llmshearing.prune.targets import rows_to_cut
@@ -54,17 +55,11 @@ def random_selection(
     problems = [f"{name}: {n} of {size}" for name, pairs in wanted.items() for size, n in pairs if not 0 < n <= size]
     if problems:
         raise ShearingError("the target does not fit the source: " + ", ".join(problems))
-    problems = [say for name, rows in cut.items() for say in _unbalanced(name, rows, tp)]
-    if problems or tp < 1:
-        raise ShearingError(f"tp = {tp} needs numbers that it divides, before and after: {', '.join(problems)}")
+    check_balance(table, cut, tp)
     generator = torch.Generator().manual_seed(seed)
     units = {
         name: tuple(
-            keep_highest(
-                torch.rand(kind.size * (kind.rows or 1), generator=generator),
-                (kind.rows or 1) * _parts(kind, tp),
-                number // _parts(kind, tp),
-            )
+            keep_balanced(table, torch.rand(kind.size * (kind.rows or 1), generator=generator), kind, number, tp)
             for kind, number in rows
         )
         for name, rows in cut.items()
@@ -77,30 +72,9 @@ def random_selection(
     return Selection(units, layer_gates(table.layers, drop_layers))
 
 
-def _unbalanced(name: str, rows: Sequence[tuple[Kind, int]], tp: int) -> list[str]:
-    """What of a kind does not fall into equal parts."""
-    return [
-        f"{name}: {number} of {size} units{' of each KV group' if grouped else ''}"
-        for size, number, parts, grouped in dict.fromkeys(
-            (kind.size, number, _parts(kind, tp), (kind.rows or 1) > 1) for kind, number in rows
-        )
-        if parts == 0 or number % parts or size % parts
-    ]
-
-
-def _parts(kind: Kind, tp: int) -> int:
-    """Into how many parts each row of a kind falls; 0 where ranks and rows do not line up."""
-    rows = kind.rows or 1
-    if tp % rows == 0:
-        return tp // rows
-    return 1 if rows % tp == 0 else 0
-
-
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
-    parser.add_argument(
-        "--tp", type=int, default=1, help="tensor-parallel ranks that shall each keep equally many units (%(default)s)"
-    )
+    add_tp(parser)
 
 
 def _needs_calibration(options: Mapping[str, Any]) -> bool:

@@ -62,13 +62,9 @@ def choose(
     check_tied(table, untie)
     config: dict[str, Any] = {"tie_word_embeddings": False} if any(spec.alias for spec in table.tensors) else {}
     kept = _kept(table, basis, keep)
-    directions, energy = principal_basis(model, table, calibration)
-    if kept is not None and calibration is not None:
-        covariance = directions @ torch.diag(energy) @ directions.T
-        absorb(model, table, untie=untie)
+    directions, energy = find_basis(model, table, calibration, kept, untie=untie)
+    if kept is not None:
         table = table_for(model.config)
-        directions = output_basis(norm_statistics(model, table, calibration), covariance, kept)
-        energy = (directions * (covariance @ directions)).sum(0)
         config[ORDER] = True
     if tie_at is not None:
         directions[:, :tie_at] @= _tying(model, table, directions, tie_at)
@@ -76,6 +72,27 @@ def choose(
     part = energy[: kept or len(energy) // 2].sum() / energy.sum()
     about = {"basis": basis, "energy": energy.tolist(), "energy_of_the_first_half": part.item()}
     return Choice(Selection(), about, config=config)
+
+
+def find_basis(
+    model: PreTrainedModel, table: Table, calibration: Calibration | None, keep: int | None, *, untie: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(Q [d, d], energy [d] of its columns), float64.
+
+    Args:
+        keep: hidden units that the basis "output" is to be made for, for which the norms of ``model`` are absorbed in
+            place (:func:`absorb`); None: the basis "energy".
+
+    Raises:
+        ShearingError: see :func:`principal_basis`.
+    """
+    directions, energy = principal_basis(model, table, calibration)
+    if keep is None or calibration is None:
+        return directions, energy
+    covariance = directions @ torch.diag(energy) @ directions.T
+    absorb(model, table, untie=untie)
+    directions = output_basis(norm_statistics(model, table_for(model.config), calibration), covariance, keep)
+    return directions, (directions * (covariance @ directions)).sum(0)
 
 
 def _kept(table: Table, basis: str, keep: int | None) -> int | None:

@@ -24,7 +24,7 @@ from llmshearing import files as durable
 from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
-from llmshearing.masks.l0 import L0Masks
+from llmshearing.masks.l0 import L0Masks, no_energy
 from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
 from llmshearing.training.groups import OPTIMIZERS
@@ -138,7 +138,12 @@ def prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
     return found
 
 
-def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
+def newest_whole(cfg: Config) -> tuple[Path, Archive] | None:
+    """The newest checkpoint in ``save_folder`` that is whole; damaged ones are set aside. None: nothing was saved yet.
+
+    Raises:
+        ShearingError: checkpoints are there but none is whole.
+    """
     folder = Path(cfg.save_folder or "")
     shutil.rmtree(folder / WRITING, ignore_errors=True)  # of a save that was cut short
     candidates = checkpoints(folder, cfg.save_filename)
@@ -149,17 +154,31 @@ def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
             aside = _set_aside(path)
             log.error("%s; it is kept as %s, and the one before it is used", error, aside.name)
             continue
-        _check_kind(cfg, path)
-        check_same_run(archive, source, masks)
-        _check_optimizer(cfg, archive)
-        durable.point(folder / cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0), path)
-        return path
+        return path, archive
     if damaged := sorted(path.name for path in folder.glob(f"*{DAMAGED}*")):
         raise ShearingError(
             f"autoresume: no checkpoint in {folder} is whole; kept there: {', '.join(damaged)}. Repair or remove them, "
             "or begin anew in another save_folder"
         )
     return None
+
+
+def _prepare(cfg: Config, source: Source, masks: L0Masks | None) -> Path | None:
+    found = newest_whole(cfg)
+    if found is None:
+        return None
+    path, archive = found
+    _check_kind(cfg, path)
+    check_same_run(archive, source, masks)
+    _check_optimizer(cfg, archive)
+    point_latest(cfg, path)
+    return path
+
+
+def point_latest(cfg: Config, path: Path) -> None:
+    """Let `latest` lead to a checkpoint."""
+    name = cfg.save_latest_filename.format(rank=0, local_rank=0, node_rank=0)
+    durable.point(Path(cfg.save_folder or "") / name, path)
 
 
 def checkpoints(folder: Path, filename: str) -> list[Path]:
@@ -207,11 +226,15 @@ def check_same_run(archive: Archive, source: Source, masks: L0Masks | None) -> N
     table = source.table
     wanted = {f"model.{name}": table.tensor_shape(spec, layer) for name, spec, layer in table.instances()}
     tied = {f"model.{name}" for name, spec, _ in source.table.instances() if spec.alias is not None}
+    buffers: set[str] = set()
     if masks is not None:
+        if "masks.energy" in tensors and masks.energy is None:
+            masks.count_energy(no_energy(masks.table))
+        buffers = {f"masks.{name}" for name, _ in masks.named_buffers()}
         wanted |= {f"masks.{name}": tuple(value.shape) for name, value in masks.state_dict().items()}
     differ = [name for name in sorted({*wanted, *tensors} - tied) if wanted.get(name) != tensors.get(name)]
     trained = {name for optimizer in optimizers.values() for name in optimizer["state"]}
-    differ += sorted(trained.symmetric_difference(set(wanted) - tied)) if not differ and trained else []
+    differ += sorted(trained.symmetric_difference(set(wanted) - tied - buffers)) if not differ and trained else []
     if differ:
         first = differ[0]
         raise ShearingError(
