@@ -3,21 +3,24 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_runs import NAMES, SEQ
+from helpers_runs import NAMES, SEQ, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.recover.__main__ import main
 from benchmarks.recover.cell import multiplied
 from benchmarks.recover.commands import domains
+from benchmarks.recover.configuration import Start, configuration
 from benchmarks.recover.report import NOT_RUN, spread, table
 from benchmarks.recover.rows import DEFAULT, ROWS
 from benchmarks.recover.settings import lab as lab_setting
 from llmshearing.checkpoints import checkpoint_to_hf
+from llmshearing.config import load_config
 
 TARGET = ["hidden_size=20", "num_attention_heads=2", "num_key_value_heads=1", "intermediate_size=28"]
 TARGET += ["num_hidden_layers=2"]
@@ -134,6 +137,24 @@ def test_every_row_is_made_of_tokens_of_its_budget() -> None:
     for row in ROWS.values():
         spent = 0 if row.masks is None else row.masks.share
         assert 0 <= spent < 1 and (row.cuts or row.masks) and math.isfinite(row.seen)
+
+
+def test_every_stage_of_every_row_is_a_configuration_that_loads(lab, tmp_path) -> None:
+    target = {"hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 28, "num_hidden_layers": 2}
+    setting = replace(lab_setting(lab.root), source=lab.source, target=target, length=SEQ)
+    shutil.copytree(lab.source, tmp_path / "cut")
+    start = Start(tmp_path / "cut", lab.source, tmp_path / "cut" / "selection.safetensors")
+    places = {"start": start, "data": lab.data, "held_out": lab.data, "folder": tmp_path, "seed": 0, "steps": 16}
+    places |= {"targets": dict.fromkeys(NAMES, 5.0)}
+    for name, row in ROWS.items():
+        stages = [(row.training, None), (row.short, None), (row.masks, row.l0)]
+        for training, l0 in ((training, l0) for training, l0 in stages if training is not None):
+            made = configuration(setting, training, l0=l0, **places)
+            cfg = load_config(write_yaml(tmp_path / f"{name}.yaml", made), [])
+            assert (cfg.model.l0_module is not None) == (l0 is not None)
+            assert (cfg.distill is not None) == (training.distill is not None)
+            assert cfg.optimizer.lr == training.lr and cfg.global_train_batch_size == training.batch
+            assert cfg.callbacks.data_loading.update_type == ("doremi" if training.dynamic else "constant")
 
 
 def test_domains_are_those_of_the_data(tmp_path) -> None:

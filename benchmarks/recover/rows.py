@@ -83,6 +83,7 @@ WIDE = Cut("activation", (HIDDEN, LAYERS), passes=2 / 3)
 OBS = Cut("obs", (HEADS, GROUPS, MLP), passes=1 / 3)
 FISHER = Cut("fisher", passes=1)
 REFIT = Cut("fisher", options=("--refit",), passes=2)
+BY_OBS = Cut("fisher", options=("--units", "obs", "--refit"), passes=2.5)
 STAGE = Training(lr=1e-3, optimizer={"lag_lr": 1.0, "schedule_masks": False}, share=0.25)
 PUBLISHED = {"start": "open", "lagrangian_warmup_steps": "0.2dur"}
 
@@ -129,6 +130,7 @@ ROWS |= {
     "ours-turned": Row("turned Fisher, trained as ours", OURS, (TURN, FISHER), short=SHORT),
     "ours-adamw": Row("ours with AdamW", ADAMW, BEST),
     "ours": Row("ours: turned by output error, Fisher, refit", OURS, BEST, short=SHORT),
+    "ours-obs": Row("ours, intermediate units by OBS", OURS, (BEST[0], BY_OBS), short=SHORT),
     "ours-dynamic": Row("ours, dynamic mixture", replace(OURS, dynamic=True), BEST),
 }
 DEFAULT = ["scratch", "random", "activation", "activation-kl", "published", "turned-kl", "ours"]
