@@ -168,7 +168,7 @@ def run_tasks(
 def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, first: int | None) -> Any:
     """lm-eval's model, which puts BOS (or nothing) before each text whatever the tokenizer does by itself.
 
-    Its own `add_bos_token` asks the tokenizer for special tokens: none come where that adds none, EOS where it adds EOS.
+    Its own `add_bos_token` asks the tokenizer for special tokens: some add none, and some add EOS.
     """
     from lm_eval.models.huggingface import HFLM
 
