@@ -20,7 +20,7 @@ def read_version() -> str:
     return found.group(1)
 
 
-EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "peft>=0.17", "matplotlib>=3.8"]
+EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "matplotlib>=3.8"]
 MEGATRON = "megatron-core==0.16.1"
 EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmshearing.errors import ShearingError
 from llmshearing.evaluate.items import FORMS, check_items
+from llmshearing.evaluate.perplexity import bos_id
 from llmshearing.progress import tqdm
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -142,7 +143,6 @@ def run_tasks(
         ShearingError: lm-eval is not installed, knows no such task, or cannot get its data.
     """
     with _lm_eval() as lm_eval, tempfile.TemporaryDirectory() as cache:
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         named = [spec.name for spec in specs if spec.config is None]
@@ -152,8 +152,7 @@ def run_tasks(
                 f"lm-eval has no task {', '.join(unknown)}; of local items (NAME=FILE.jsonl) there are "
                 f"{', '.join(shipped())}, and `lm_eval ls tasks` lists its own"
             )
-        asked = {"auto": None, "always": True, "never": False}[bos]
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=asked)
+        lm = _scorer(model, tokenizer, batch_size, bos_id(tokenizer, bos))
         try:
             found = lm_eval.simple_evaluate(
                 lm, tasks=[_given(spec, cache) for spec in specs], task_manager=manager, limit=limit,
@@ -164,6 +163,29 @@ def run_tasks(
             hint = f"; without a hub give local items, as {named[0]}=FILE.jsonl" if named else ""
             raise ShearingError(f"tasks {names} cannot be run: {type(error).__name__}: {error}{hint}") from error
     return {name: _metrics(values, found["n-samples"].get(name, {})) for name, values in found["results"].items()}
+
+
+def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, first: int | None) -> Any:
+    """lm-eval's model, which puts BOS (or nothing) before each text whatever the tokenizer does by itself.
+
+    Its own `add_bos_token` asks the tokenizer for special tokens: some add none, and some add EOS.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Scorer(HFLM):
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
+        ) -> list[int]:
+            ids = self.tokenizer.encode(string, add_special_tokens=False)
+            if first is not None and add_special_tokens is not False:
+                ids = [first, *ids]
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(self, strings: list[str], *given: Any, **more: Any) -> Any:
+            before = self.tokenizer.convert_ids_to_tokens(first) if first is not None else ""
+            return super().tok_batch_encode([before + string for string in strings], *given, **more)
+
+    return Scorer(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=False)
 
 
 def _given(spec: TaskSpec, cache: str) -> str | dict[str, Any]:
