@@ -195,6 +195,9 @@ def _work(options: dict[str, Any]) -> int:
     others = ("pad", "save_gpu_memory") if model is None else ("prune_type", "config", "tokenizer")
     options = {key: value for key, value in options.items() if key not in others}
     if model is None:
+        if options.pop("refit", False):
+            raise ShearingError("--refit with --megatron: shards are cut only; convert, refit and convert back")
+        options.pop("refit_ridge", None)
         prune_shards(method, shards, target=target, sequences=sequences, **options)
     else:
         prune(method, model, target=target, sequences=sequences, **options)

@@ -73,7 +73,7 @@ def start_masks(
         ShearingError: file, method and target do not go together, as the message says.
     """
     l0 = cfg.model.l0_module
-    if l0 is None:
+    if l0 is None or (l0.start == OPEN and not counts_energy(cfg, masks) and not _is_plain(cfg, found)):
         return
     answer: dict[str, Any] = {}
     begins = not goes_on(cfg, found)
@@ -96,6 +96,17 @@ def start_masks(
         log.info("the masks start from %s", l0.start)
     if begins and masks.energy is not None:
         log.info("norms count the energy of the hidden units that are open")
+
+
+def _is_plain(cfg: Config, found: Path | None) -> bool:
+    """Whether a checkpoint to go on from can be looked at: one that is trusted may hold more than plain data."""
+    if found is not None or cfg.load_path is None or "://" in cfg.load_path:
+        return True
+    try:
+        read_checkpoint(Path(format_name_with_dist(cfg.load_path, cfg.run_name or "")), verify=False)
+    except ShearingError:
+        return False
+    return True
 
 
 def _started(masks: L0Masks, source: Source, cfg: Config, data: MixtureDataset, device: str) -> dict[str, Any]:
