@@ -71,7 +71,9 @@ def kept_units(masks: L0Masks, selection: Selection, kind: str) -> Tensor:
         open_layers = [any(selection.is_open(block, i) for block in BLOCK_MASKS[kind]) for i in range(layers)]
         return masks.rows(kind, torch.tensor(open_layers))
     kept = torch.ones(masks.shapes[kind], dtype=torch.bool)
-    for row, units in zip(kept.view(-1, kept.shape[-1]), selection.units.get(kind, ()), strict=False):
+    if kind not in selection.units:  # it stays whole
+        return masks.rows(kind, kept)
+    for row, units in zip(kept.view(-1, kept.shape[-1]), selection.units[kind], strict=True):
         is_open = units.index if units.gate is None else units.index[units.gate != 0]
         row.zero_()
         row[is_open.cpu()] = True

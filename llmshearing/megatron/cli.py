@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llmshearing.checkpoints.arguments import parse_pairs
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, is_checkpoint, read_checkpoint, save_checkpoint
 from llmshearing.checkpoints.cli import conversion_options, convert_plain
@@ -22,6 +20,7 @@ from llmshearing.families.megatron import SPECS, Parallel
 from llmshearing.megatron.convert import read_megatron, write_megatron
 from llmshearing.megatron.shards import check_output, is_shards
 from llmshearing.megatron.stacked import is_stacked
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensors
 from llmshearing.storage.dtypes import cast_lazily
 

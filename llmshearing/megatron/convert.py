@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, plain_config
@@ -40,6 +39,7 @@ from llmshearing.families.table import Table
 from llmshearing.megatron.shards import Shards, open_shards, write_shards
 from llmshearing.megatron.split import Placed, Spread, place_all
 from llmshearing.megatron.stacked import is_stacked, open_stacked
+from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors, Recent
 from llmshearing.storage.dtypes import main_dtype
 

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.families.table import Table
 from llmshearing.fold.turn import stream_norms
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.energy import normed_rows
 
 STEPS, RATE = 300, 3e-3
 RIDGE = 1e-6  # of P^T C P, whose mean eigenvalue is near 1
@@ -73,8 +74,7 @@ def _recorded(model: PreTrainedModel, found: dict[str, NormStatistics]) -> Itera
             sums.gradients += (rows.T @ rows).cpu()
 
         def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+            rows = normed_rows(inputs[0].detach())
             sums.states += (rows.T @ rows).cpu()
             sums.tokens += len(rows)
             output.register_hook(backward)

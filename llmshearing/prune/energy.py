@@ -45,6 +45,12 @@ def norm_covariance(model: PreTrainedModel, table: Table, calibration: Calibrati
     return total
 
 
+def normed_rows(stream: Tensor) -> Tensor:
+    """x^ = x / rms(x), float32 [tokens, d], of what a norm reads."""
+    rows = stream.flatten(0, -2).float()
+    return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+
+
 def _run(
     model: PreTrainedModel, table: Table, calibration: Calibration, add: Callable[[str, Tensor], None], what: str
 ) -> None:
@@ -60,8 +66,7 @@ def _watched(model: PreTrainedModel, table: Table, add: Callable[[str, Tensor], 
 
     def watch(name: str) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2).float()
-            add(name, rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30))
+            add(name, normed_rows(inputs[0]))
 
         return model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(hook)
 

@@ -19,14 +19,13 @@ Shape legend: N tokens, n inputs and m outputs of a tensor, D hidden units of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
@@ -36,6 +35,7 @@ from llmshearing.families.table import Table, TensorSpec
 from llmshearing.fold.fold import Cut, Part, part_of, renamed, resolve
 from llmshearing.fold.selection import Selection
 from llmshearing.fold.turn import HIDDEN
+from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.methods.decoder import batch_loss, first
 from llmshearing.prune.methods.obs.layers import Running, hidden_states
@@ -209,7 +209,7 @@ class _Refitting:
         heads = [row for row in ends if _is_matrix(row) and row.spec.alias is None and row.spec.read() == HIDDEN]
         if not heads or any(row.spec.alias for row in ends):
             return
-        [row], [norm] = heads, [row for row in ends if _is_norm(row)]
+        [row], [norm] = heads, _once(row for row in ends if _is_norm(row))
         fit = _Fit(row)
         for own, theirs in zip(*(run.states.split(run.batch_size) for run in (self.own, self.theirs)), strict=True):
             read = norm.own(own.to(self.own.device))
@@ -226,8 +226,12 @@ class _Refitting:
 
     def _norms(self, layer: int, block: str) -> list[_Row]:
         """Norms of the stream before a block, by their weights."""
-        rows = [row for row in self.rows[layer] if row.spec.block == block and _is_norm(row)]
-        return list({row.own: row for row in rows}.values())
+        return _once(row for row in self.rows[layer] if row.spec.block == block and _is_norm(row))
+
+
+def _once(rows: Iterable[_Row]) -> list[_Row]:
+    """One row a module: a norm may have a bias beside its weight."""
+    return list({row.own: row for row in rows}.values())
 
 
 def _path(tensor: str) -> str:

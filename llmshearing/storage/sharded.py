@@ -101,8 +101,9 @@ class ShardedFolder:
         whole, fixed = torch.empty(item.shape[len(index) :], dtype=item.dtype), len(index)
         for piece in item.pieces:
             places = [slice(at, at + size) for at, size in zip(piece.offsets, piece.shape, strict=True)]
-            if all(place.start <= at < place.stop for at, place in zip(index, places, strict=False)):
-                own = tuple(at - place.start for at, place in zip(index, places, strict=False))
+            chosen = [*zip(index, places[:fixed], strict=True)]
+            if all(place.start <= at < place.stop for at, place in chosen):
+                own = tuple(at - place.start for at, place in chosen)
                 whole[tuple(places[fixed:])] = self._part(item, piece)[own]
         return whole
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.errors import ShearingError
+from llmshearing.progress import tqdm
 from llmshearing.storage import open_weights
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

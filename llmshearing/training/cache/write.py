@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 from llmshearing.files import new_file
+from llmshearing.progress import tqdm
 from llmshearing.training.cache.index import INDEX, REQUEST, CacheIndex, part_file, read_index, write_index
 from llmshearing.training.targets import Sparse
 
