@@ -191,9 +191,11 @@ class _Refitting:
             if after is not None:
                 wanted = _seen(self.theirs, layer, at, [after.theirs])[after.theirs][0]
             seen = _seen(self.own, number, at, [row.own, norm.own, *([after.own] if after else [])])
-            stream, (read, said) = seen[norm.own][0], seen[row.own]
-            self._check(stream + said.view_as(stream), seen[after.own][0] if after else seen[None][1])
-            fit.add(read, _part(wanted.to(stream), self.units) - stream - said.view_as(stream))
+            # Some families join batch and tokens in a part of a layer.
+            stream, (read, said) = _tokens(seen[norm.own][0]), seen[row.own]
+            says = stream + _tokens(said)
+            self._check(says, _tokens(seen[after.own][0] if after else seen[None][1]))
+            fit.add(read, _part(_tokens(wanted).to(stream), self.units) - says)
         fit.solve(self.ridge)
 
     def _check(self, assumed: Tensor, found: Tensor) -> None:
@@ -227,6 +229,11 @@ class _Refitting:
     def _norms(self, layer: int, block: str) -> list[_Row]:
         """Norms of the stream before a block, by their weights."""
         return _once(row for row in self.rows[layer] if row.spec.block == block and _is_norm(row))
+
+
+def _tokens(values: Tensor) -> Tensor:
+    """[tokens, d], whatever stood before the last dimension."""
+    return values.flatten(0, -2)
 
 
 def _once(rows: Iterable[_Row]) -> list[_Row]:
@@ -272,7 +279,7 @@ class _Fit:
 
     def add(self, read: Tensor, residual: Tensor) -> None:
         """read: [..., n]; residual: [..., m], what is wanted less what is said."""
-        x, r = read.flatten(0, -2).float(), residual.flatten(0, -2).float()
+        x, r = _tokens(read).float(), _tokens(residual).float()
         self.square = self.square + (x.T @ x).to("cpu", torch.float64)
         self.cross = self.cross + (r.T @ x).to("cpu", torch.float64)
 

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from helpers_prune import calibration_of, model_of
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, MixtralConfig, Olmo2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+)
 
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
@@ -13,7 +21,7 @@ from llmshearing.families.nonuniform.config import config_of
 from llmshearing.fold.fold import fold, folded_config
 from llmshearing.fold.selection import Selection, Units, layer_gates
 from llmshearing.prune.methods.decoder import batch_loss
-from llmshearing.prune.refit import check_refittable, refit
+from llmshearing.prune.refit import Refit, check_refittable, refit
 from llmshearing.prune.run import prune
 
 RIDGE = 0.1
@@ -117,16 +125,40 @@ def test_it_is_the_ridge_regression_written_out(family, changes):
     selection = some_selection(table)
     fitted = cut(model, table, selection)
     by_hand = copy.deepcopy(fitted)
-    result = refit(model, fitted, table, selection, data, RIDGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refit, "kept", True)  # the tensors are compared, better or not
+        result = refit(model, fitted, table, selection, data, RIDGE)
     judged = [7]
     slow(model, by_hand, selection, data.select[[i for i in range(10) if i not in judged]])
-    if result.kept:
-        for name, value in fitted.state_dict().items():
-            torch.testing.assert_close(value, by_hand.state_dict()[name], rtol=2e-3, atol=2e-4, msg=name)
+    for name, value in fitted.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name], rtol=2e-3, atol=2e-4, msg=name)
     held_out = data.select[judged]
     found = batch_loss(by_hand, held_out)
     assert result.after == pytest.approx(found, abs=2e-4)
     assert result.before == pytest.approx(batch_loss(cut(model, table, selection), held_out), abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [OPTConfig, GPTNeoXConfig])
+def test_norms_with_biases_and_joined_batches_are_taken(config):
+    """Families with LayerNorm, an output head of their own and, in OPT, batch and tokens in one dimension."""
+    sizes = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
+    own = {"ffn_dim": 10, "word_embed_proj_dim": 16, "pad_token_id": 0, "dropout": 0.0}
+    more = own if config is OPTConfig else {"intermediate_size": 10, "use_parallel_residual": False}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config(**sizes, **more, tie_word_embeddings=False, max_position_embeddings=32)
+    ).eval()
+    table, selection, data = table_for(model.config), Selection({}, layer_gates(3, [1])), calibration_of(16)
+    small = cut(model, table, selection)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refit, "kept", True)
+        refit(model, small, table, selection, data)
+    last = table.layers_path + ".1"
+    ends = [io_of(m, data.select, [path])[path][1] for m, path in ((model, table.layers_path + ".2"), (small, last))]
+    distance = (ends[0] - ends[1]).norm()
+    small.load_state_dict(before)
+    assert distance < (ends[0] - io_of(small, data.select, [last])[last][1]).norm()
 
 
 def test_an_uncut_model_stays(tmp_path):
