@@ -92,6 +92,9 @@ def execute(job: Job) -> dict:
         name: getattr(record, name) for name in ("batches", "penalties", "evaluations", "gradients", "layer_calls")
     }
     result["sharded"] = sum(isinstance(parameter, DTensor) for parameter in state.model.parameters())
+    teacher = getattr(getattr(state.model, "module", state.model), "teacher", None)
+    told = teacher.model.parameters() if hasattr(teacher, "model") else ()
+    result["teacher_sharded"] = sum(isinstance(parameter, DTensor) for parameter in told)
     result["final"] = {key.removeprefix("module."): _whole(value) for key, value in state.model.state_dict().items()}
     return result
 

@@ -16,13 +16,14 @@ def test_shards_give_the_losses_of_one_rank(lab, tmp_path):
         return Job(path, ["max_duration=4ba", f"save_folder={tmp_path / name}", *more], gradients=[0])
 
     alone = execute(job("alone"))
-    shards = "fsdp_config={mixed_precision: FULL}"
-    for name, ranks in on_ranks(
-        2, {"replicas": job("replicas"), "shards": job("shards", shards)}, tmp_path / "two"
-    ).items():
+    gradients = alone["gradients"][0]
+    assert gradients and not alone["teacher_sharded"]
+    jobs = {"replicas": job("replicas"), "shards": job("shards", "fsdp_config={mixed_precision: FULL}")}
+    for name, ranks in on_ranks(2, jobs, tmp_path / "two").items():
         for rank in ranks:
-            assert (rank["sharded"] > 0) == (name == "shards")
-            for tensor, value in alone["gradients"][0].items() if isinstance(alone["gradients"], dict) else ():
+            assert [rank[whose] > 0 for whose in ("sharded", "teacher_sharded")] == [name == "shards"] * 2
+            assert rank["gradients"][0].keys() == gradients.keys()
+            for tensor, value in gradients.items():
                 torch.testing.assert_close(
                     rank["gradients"][0][tensor], value, rtol=1e-3, atol=1e-5, msg=f"{name} {tensor}"
                 )
