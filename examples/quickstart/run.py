@@ -142,8 +142,18 @@ def report(out: Path, cfg: Config) -> None:
     print(f"\nLoss on held-out documents, nats per token; tokens/s of a forward pass.\n\n{text}\n")
 
 
+def shrinking(cfg: Config) -> dict[str, int]:
+    """Keys of the source's config that the target makes smaller, as `prune` takes them."""
+    source = read_source(cfg)
+    before = source.table.shape()
+    return {key: size for key, size in (source.target or {}).items() if size != before[key]}
+
+
 def cut(out: Path, target: dict[str, int]) -> None:
-    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again."""
+    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again.
+
+    target: see :func:`shrinking`.
+    """
     data = ("--calibration", str(out / "data"), "--report_samples", "16")
     width = str(target["hidden_size"])
     sizes = [f"{key}={size}" for key, size in target.items()]
@@ -172,8 +182,7 @@ def run(out: Path) -> None:
     local = f"data_local={data}"
     prune = out / "prune"
     cfg = load_config(CONFIGS / "prune.yaml", [local, *MASKS])
-    target = read_source(cfg).target or {}
-    cut(out, target)
+    cut(out, shrinking(cfg))
     pruned, start = prune / "pruned-latest-rank0.pt", out / "random" / "pruned-latest-rank0.pt"
     train("learned masks", "prune.yaml", last_checkpoint(prune, cfg), local, f"save_folder={prune}", *MASKS)
     command(

@@ -10,11 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.corpus import build, build_domain
-from examples.quickstart.run import AFTER, CONFIGS, MASKS, SHORT, SOURCE, last_checkpoint, table
+from examples.quickstart.run import AFTER, CONFIGS, MASKS, SHORT, SOURCE, last_checkpoint, shrinking, table
 from examples.quickstart.train_source import SEQUENCE, is_held_out, pack
+from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.config import Config, load_config, source_shape, target_shape
 from llmshearing.errors import ShearingError
+from llmshearing.prune.run import make_plan
 from llmshearing.training.loss import token_losses
+from llmshearing.training.source import read_source
 
 
 def texts(directory: Path) -> dict[str, list[str]]:
@@ -92,6 +95,12 @@ def test_all_ways_see_the_same_tokens_and_end_in_the_same_shape(root: Path) -> N
         int(c.max_duration.removesuffix("ba")) * c.global_train_batch_size for c in (recover, random, masks, after)
     ]
     assert sequences[0] == sequences[1] == sequences[2] + sequences[3]
+
+
+def test_the_target_is_one_that_fisher_takes(root: Path) -> None:
+    source, target = root / SOURCE, load_config(root / CONFIGS / "prune.yaml", [f"model.path={root / SOURCE}"])
+    plan = make_plan("fisher", read_config(source), {"save_gpu_memory": False, **shrinking(target)}, {})
+    assert plan.target.shape == read_source(target).target
 
 
 def test_stages_know_the_names_of_what_they_make(root: Path) -> None:
