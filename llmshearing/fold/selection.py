@@ -26,10 +26,12 @@ from torch import Tensor
 
 from llmshearing import files
 from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
 from llmshearing.families.names import BLOCKS
 from llmshearing.families.table import EXPERT, Kind, Table
 
 FORMAT = "llmshearing-selection-1"
+HEAD_MODES = ("group", "query")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,24 @@ def check_selection(table: Table, selection: Selection) -> None:
             problems.append(f"energy of {name}: {list(shares.shape)} shares; it must be a norm of as many hidden units")
     if problems:
         raise ShearingError("the selection does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def table_of(config: Any, selection: Selection) -> Table:
+    """The table of a model, in the head mode that a selection is of.
+
+    Raises:
+        ShearingError: the selection fits the model in neither.
+    """
+    problems: list[ShearingError] = []
+    for mode in HEAD_MODES:
+        table = table_for(config, mode)
+        try:
+            check_selection(table, selection)
+        except ShearingError as error:
+            problems.append(error)
+        else:
+            return table
+    raise problems[0]
 
 
 def _problems(kind: Kind, units: Units) -> Iterator[str]:

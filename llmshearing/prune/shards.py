@@ -29,7 +29,7 @@ from llmshearing.families import table_for
 from llmshearing.families.megatron import Parallel
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import folded_shape
-from llmshearing.fold.selection import Selection, check_selection, load_selection, save_selection
+from llmshearing.fold.selection import load_selection, save_selection, table_of
 from llmshearing.megatron.convert import read_megatron, write_megatron
 from llmshearing.megatron.shards import check_output
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
@@ -104,7 +104,7 @@ def replay_shards(
     check_output(output, overwrite)
     chosen, about = load_selection(selection)
     weights, info, parallel = _read(source, output, config)
-    table = _fitting(info, chosen)
+    table = table_of(info.config, chosen)
     spread = parallel if prune_type == BALANCE else replace(parallel, tp=1)
     record = {"method": about.get("method"), "source": str(source), "selection": str(selection)}
     return _cut(weights, info, table, Choice(chosen, about), spread, output, record, overwrite)
@@ -134,20 +134,6 @@ def _choose(
     with placed(model, device, plan):
         choice = plan.method.choose(model, plan.table, plan.target.shape, data, **plan.options)
         return counting_energy(choice, model, plan.table, data)
-
-
-def _fitting(info: CheckpointInfo, selection: Selection) -> Table:
-    """The model's table, in the head mode that the selection is of."""
-    group, query = (table_for(info.config, mode) for mode in ("group", "query"))
-    try:
-        check_selection(group, selection)
-    except ShearingError as error:
-        try:
-            check_selection(query, selection)
-        except ShearingError:
-            raise error from None
-        return query
-    return group
 
 
 def _cut(

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from composer.utils import dist
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,13 +25,12 @@ from llmshearing.families import table_for
 from llmshearing.prune.methods.turn import turn_model
 from llmshearing.storage import load_weights
 from llmshearing.training.cache.codec import Codec
+from llmshearing.training.cache.teacher import TOKENIZERS, said_by
 from llmshearing.training.distributed import shard_frozen
 from llmshearing.training.hidden import HiddenStates, build_hidden, recorded
 from llmshearing.training.source import Source
 from llmshearing.training.sparse import SAMPLED, content_keys, sparse_targets
 from llmshearing.training.targets import Answer, Dense, Guide, View
-
-TOKENIZER = ("tokenizer.json", "tokenizer.model")
 
 
 class Teacher(Guide):
@@ -98,7 +96,7 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
         return None
     asked = cfg.distill
     path = asked.teacher or cfg.model.path
-    model = _load(path)
+    model = load_teacher(path)
     if path == cfg.model.path and source.basis is not None:  # the student's own source, turned as the student was
         turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
     own, theirs = source.config.vocab_size, model.config.vocab_size
@@ -112,7 +110,12 @@ def build_teacher(cfg: Config, source: Source) -> Teacher | None:
     return Teacher(model, asked.weight, asked.ce, asked.temperature, hidden, **options)
 
 
-def _load(path: str) -> PreTrainedModel:
+def load_teacher(path: str) -> PreTrainedModel:
+    """A teacher's model, float32: a Hugging Face directory or name, or a compact checkpoint.
+
+    Raises:
+        ShearingError: it cannot be loaded, or has masks.
+    """
     if not is_checkpoint(path):
         try:
             return load_hf_model(path, torch.float32)
@@ -127,21 +130,8 @@ def _load(path: str) -> PreTrainedModel:
 
 
 def _check_tokenizers(teacher: str, student: str | None) -> None:
-    """Refuse a teacher whose tokenizer is known to be another one, where both are at hand as files.
-
-    Files that differ may still say the same, as after writing them again: then their ids are compared.
-    """
-    for name in TOKENIZER:
+    """Refuse a teacher whose tokenizer is known to be another one, where both are at hand as files."""
+    for name in TOKENIZERS:
         one, other = Path(teacher) / name, Path(student or "") / name
-        if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
-            continue
-        if name != "tokenizer.json" or _ids(one) != _ids(other):
+        if one.is_file() and other.is_file() and said_by(one) != said_by(other):
             raise ShearingError(f"distill.teacher = {teacher} has another {name} than {student}: ids mean other tokens")
-
-
-def _ids(path: Path) -> dict[str, int] | None:
-    """Token -> id of a `tokenizer.json`; None where it is none."""
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab()
-    except Exception:  # tokenizers raises bare exceptions
-        return None

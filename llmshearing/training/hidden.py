@@ -25,7 +25,7 @@ from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.table import Table
-from llmshearing.fold.selection import Selection, Units, check_selection, load_selection
+from llmshearing.fold.selection import Selection, Units, load_selection, table_of
 from llmshearing.training.targets import View
 
 HIDDEN = "hidden"
@@ -138,16 +138,10 @@ def build_hidden(asked: Distill, teacher: Any, student: Table) -> HiddenStates |
 
 def _selection(path: str, teacher: Any, student: Table) -> Selection:
     selection, _ = load_selection(path)
-    problems = []
-    for mode in ("group", "query"):
-        table = table_for(teacher, mode)
-        try:
-            check_selection(table, selection)
-            break
-        except ShearingError as error:
-            problems.append(str(error))
-    else:
-        raise ShearingError(f"distill.selection = {path} is not one of the teacher: {problems[0]}")
+    try:
+        table = table_of(teacher, selection)
+    except ShearingError as error:
+        raise ShearingError(f"distill.selection = {path} is not one of the teacher: {error}") from error
     kept = selection.units[HIDDEN][0].index if HIDDEN in selection.units else range(table.axes[HIDDEN].length)
     found = len(kept), len(selection.kept_layers(table.layers))
     if found != (want := (student.axes[HIDDEN].length, student.layers)):

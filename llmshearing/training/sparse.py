@@ -73,11 +73,11 @@ def _with_sampled_tail(part: Tensor, k: int, uniform: Tensor) -> tuple[Tensor, T
     mass = reached[:, -1:]
     places = (torch.arange(draws, device=part.device) + uniform[:, None]) * (mass / draws)
     drawn = torch.searchsorted(reached, places).clamp_(max=part.shape[1] - 1)
-    drawn, counts = _merged(drawn)
+    drawn, counts = merged(drawn)
     return torch.cat([ids, drawn], 1), torch.cat([probs, (counts * (mass / draws)).to(probs.dtype)], 1)
 
 
-def _merged(drawn: Tensor) -> tuple[Tensor, Tensor]:
+def merged(drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending ids [R, n] each once and how often each came; places that are left over have id 0 and count 0."""
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]

@@ -20,7 +20,7 @@ from llmshearing.training.cache.codec import Codec
 from llmshearing.training.cache.index import ONE_FOLDER, PART_BYTES, CacheIndex, fingerprint, sample_type
 from llmshearing.training.cache.teacher import describe, identify
 from llmshearing.training.cache.write import Asked, write_cache
-from llmshearing.training.distillation import _load as load_teacher
+from llmshearing.training.distillation import load_teacher
 from llmshearing.training.sparse import SAMPLED, TAILS, content_keys, sparse_targets
 from llmshearing.training.targets import Sparse
 

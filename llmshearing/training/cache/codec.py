@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from llmshearing.errors import ShearingError
-from llmshearing.training.sparse import BUCKET, SAMPLED, TAILS
-from llmshearing.training.sparse import _merged as merged
+from llmshearing.training.sparse import BUCKET, SAMPLED, TAILS, merged
 from llmshearing.training.targets import Sparse
 
 STEPS = 2048  # codes to a factor of two

@@ -67,11 +67,12 @@ def tokenizer_hash(directory: str | None) -> str | None:
     for name in TOKENIZERS if directory else ():
         file = Path(str(directory)) / name
         if file.is_file():
-            return f"{name} {sha256(_said_by(file)).hexdigest()}"
+            return f"{name} {sha256(said_by(file)).hexdigest()}"
     return None
 
 
-def _said_by(file: Path) -> bytes:
+def said_by(file: Path) -> bytes:
+    """What a tokenizer's file says: of a `tokenizer.json` tokens and ids, of others, and of broken ones, the bytes."""
     if file.suffix != ".json":
         return file.read_bytes()
     try:
