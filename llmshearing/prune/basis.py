@@ -29,6 +29,7 @@ from llmshearing.fold.turn import stream_norms
 from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import normed_rows
+from llmshearing.prune.method import frozen
 
 STEPS, RATE = 300, 3e-3
 RIDGE = 1e-6  # of P^T C P, whose mean eigenvalue is near 1
@@ -48,19 +49,12 @@ def norm_statistics(model: PreTrainedModel, table: Table, calibration: Calibrati
     size = table.axes["hidden"].length
     names = [name for name, spec, _ in table.instances() if spec in stream_norms(table)]
     found = {name: NormStatistics(torch.zeros(size, size), torch.zeros(size, size)) for name in names}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with _recorded(model, found):
-            for batch in tqdm([*calibration.batches()], desc="states and gradients at norms", unit="batch"):
-                ids = batch.to(model.device)
-                with torch.enable_grad():
-                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with frozen(model), _recorded(model, found):
+        for batch in tqdm([*calibration.batches()], desc="states and gradients at norms", unit="batch"):
+            ids = batch.to(model.device)
+            with torch.enable_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+                F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     return found
 
 

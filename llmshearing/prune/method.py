@@ -17,10 +17,13 @@ and the files are the same for all.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from llmshearing.families.names import HIDDEN, LAYERS, WIDTHS
 from llmshearing.fold.selection import Selection
@@ -63,3 +66,16 @@ class Method:
     """Whether it needs sequences, given its options."""
     any_decoder: bool = False
     """Whether it works on decoders without a table, by the name of their layer list."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block no parameter asks for gradients: those of gates and states are wanted alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -31,7 +31,7 @@ from llmshearing.progress import tqdm
 from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.energy import norm_energy
-from llmshearing.prune.method import ALL_SIZES, Choice, Method
+from llmshearing.prune.method import ALL_SIZES, Choice, Method, frozen
 from llmshearing.prune.methods.depth import drop_least
 from llmshearing.prune.methods.obs.choice import check_choosable, choose_units
 from llmshearing.prune.methods.turn import goes_by_order, is_turned
@@ -121,18 +121,14 @@ def fisher_scores(
         raise ShearingError("fisher scores need layers of one size: pad the model first (llmshearing.prune.pad)")
     shapes = {kind: (table.layers,) if kind == "layer" else table.kinds[kind].shape(table.layers) for kind in kinds}
     total = {kind: torch.zeros(shape, dtype=torch.float64) for kind, shape in shapes.items()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gating = attach(model, table)
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for ids in tqdm(calibration.select, desc="fisher scores", unit="sequence"):
-            for kind, gradient in _gradients(model, table, gating, ids.to(model.device), shapes).items():
-                total[kind] += gradient.double().square().cpu()
+        with frozen(model):
+            for ids in tqdm(calibration.select, desc="fisher scores", unit="sequence"):
+                for kind, gradient in _gradients(model, table, gating, ids.to(model.device), shapes).items():
+                    total[kind] += gradient.double().square().cpu()
     finally:
         detach(model)
-        for parameter in trained:
-            parameter.requires_grad_(True)
     return total
 
 
