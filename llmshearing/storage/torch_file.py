@@ -41,7 +41,7 @@ class TorchFile:
     """One file, or the part of one from ``start`` on; kept open.
 
     Args:
-        allowed: further types that its values may hold, as ``torch.serialization.safe_globals`` takes them.
+        allowed: further types that its values may hold, as :func:`only_types` takes them.
 
     Raises:
         ShearingError: it is not a file of torch.save, or damaged, or its values are more than plain data.
@@ -57,7 +57,7 @@ class TorchFile:
             self._records = self._directory()
             self._verify({start: item for start, item in self._records.items() if TENSORS not in item.filename})
             self._file.seek(0)
-            with FakeTensorMode(), torch.serialization.safe_globals([*plain_types(), *allowed]):
+            with FakeTensorMode(), only_types([*plain_types(), *allowed]):
                 values = torch.load(self._file, weights_only=True)
             self._state = self._lazy(values)
 
@@ -156,6 +156,23 @@ def _begins_with(path: Path, mark: bytes) -> bool:
             return file.read(len(mark)) == mark
     except OSError:
         return False
+
+
+@contextmanager
+def only_types(types: Sequence[Any]) -> Iterator[None]:
+    """Within the block ``torch.load`` accepts these types beyond torch's own list, and no others.
+
+    ``torch.serialization.safe_globals`` adds to what any library of the process has allowed (megatron-core allows
+    a dozen types when it is imported); what a file may hold must not depend on that.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(types))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def plain_types() -> list[Any]:
