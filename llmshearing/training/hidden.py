@@ -103,13 +103,23 @@ def chosen(stream: Tensor, units: Units) -> Tensor:
     return part if units.gate is None else part * units.gate.detach().to(part)
 
 
-def hidden_losses(own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View]) -> Tensor:
-    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d]."""
+def hidden_losses(
+    own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View], counted: Tensor | None = None
+) -> Tensor:
+    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d].
+
+    counted: bool [B, T-1], positions whose states alone are compared; 0 for a sequence without any. None: all T.
+    """
     losses = []
     for layer, end in zip(views[0].layers, views[1].layers, strict=True):
         wide = torch.promote_types(own[layer].dtype, torch.float32)
         h, target = own[layer].to(wide), theirs[end].to(wide)
-        losses.append((h - target).square().mean((1, 2)) / target.square().mean((1, 2)))
+        apart, size = (h - target).square(), target.square()
+        if counted is None:
+            losses.append(apart.mean((1, 2)) / size.mean((1, 2)))
+        else:
+            apart, size = (torch.where(counted[..., None], x[:, :-1], 0.0).sum((1, 2)) for x in (apart, size))
+            losses.append(apart / torch.where(counted.any(-1), size, 1.0))
     return torch.stack(losses).mean(0)
 
 
