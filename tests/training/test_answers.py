@@ -202,8 +202,8 @@ def test_a_step_is_the_mean_over_all_answers_whatever_the_microbatches(lab, data
     assert any(loss == 0 for _, _, loss in sum(runs[2]["batches"].values(), []))
     for run in runs:
         assert run["batches"].keys() == runs[0]["batches"].keys()
-        for name, gradient in want.items():
-            torch.testing.assert_close(run["gradients"][0][name], gradient, rtol=1e-5, atol=1e-7)  # norms in float32 there
+        for name, gradient in want.items():  # of transformers' norms, which compute in float32
+            torch.testing.assert_close(run["gradients"][0][name], gradient, rtol=1e-5, atol=1e-7)
         for name, value in runs[0]["final"].items():  # Adam makes much of gradients near 0
             torch.testing.assert_close(run["final"][name], value, rtol=1e-4, atol=1e-6)
     for name, gradient in runs[0]["gradients"][0].items():
