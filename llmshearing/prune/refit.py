@@ -39,8 +39,8 @@ from llmshearing.fold.fold import Cut, Part, part_of, renamed, resolve
 from llmshearing.fold.selection import Selection
 from llmshearing.fold.turn import HIDDEN
 from llmshearing.progress import tqdm
-from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.methods.decoder import batch_loss, first
+from llmshearing.prune.calibration import Calibration, labels_of
+from llmshearing.prune.methods.decoder import batch_loss, first, weight
 from llmshearing.prune.methods.obs.layers import Running, hidden_states
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,11 @@ def refit(
         raise ShearingError(f"refit_ridge = {ridge}: a number above 0 is needed, such as 0.1")
     rows = torch.arange(len(calibration.select))  # by domain
     judges = rows % HELD_OUT == min(HELD_OUT, len(rows)) - 1
-    judge = calibration.select[judges].split(calibration.batch_size)
-    data = replace(calibration, select=calibration.select[~judges])
+    ids, mask = calibration.select, calibration.select_mask
+    judge = _labelled(calibration, judges)
+    if not any(weight(labels) for _, labels in judge):
+        raise ShearingError(f"{calibration.select_name}: no token of the held out sequences counts; give more of them")
+    data = replace(calibration, select=ids[~judges], select_mask=None if mask is None else mask[~judges])
     before = {name: value.clone() for name, value in compact.state_dict().items()}
     losses = [_loss(compact, judge)]
     _Refitting(source, compact, table, selection, data, ridge).run()
@@ -117,8 +120,15 @@ def check_refittable(table: Table) -> None:
         )
 
 
-def _loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
-    return sum(batch_loss(model, batch) * len(batch) for batch in batches) / sum(len(batch) for batch in batches)
+def _labelled(calibration: Calibration, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Batches of some rows with their labels."""
+    ids, labels = calibration.select[rows], labels_of(calibration.select, calibration.select_mask)[rows]
+    return [*zip(ids.split(calibration.batch_size), labels.split(calibration.batch_size), strict=True)]
+
+
+def _loss(model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    total = sum(batch_loss(model, batch, labels) * weight(labels) for batch, labels in batches)
+    return total / sum(weight(labels) for _, labels in batches)
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,24 @@ def chosen(stream: Tensor, units: Units) -> Tensor:
     return part if units.gate is None else part * units.gate.detach().to(part)
 
 
-def hidden_losses(own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View]) -> Tensor:
-    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d]."""
+def hidden_losses(
+    own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View], counted: Tensor | None = None
+) -> Tensor:
+    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d].
+
+    counted: bool [B, T-1], positions whose states alone are compared; 0 for a sequence without any. None: all T.
+    """
     losses = []
     for layer, end in zip(views[0].layers, views[1].layers, strict=True):
         wide = torch.promote_types(own[layer].dtype, torch.float32)
         h, target = own[layer].to(wide), theirs[end].to(wide)
         energy = target.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
-        losses.append(((h - target).square().sum(-1) / energy).mean(-1))
+        apart = (h - target).square().sum(-1) / energy
+        if counted is None:
+            losses.append(apart.mean(1))
+        else:
+            kept = torch.where(counted, apart[:, :-1], 0.0)
+            losses.append(kept.sum(1) / counted.sum(1).clamp_min(1))
     return torch.stack(losses).mean(0)
 
 
