@@ -92,7 +92,7 @@ def finetune(model: Path | str, data: Sequence[Path | str], options: Options, wh
     start = time.perf_counter()
     options.check()
     _check(model, data, options, where)
-    accelerate = need("accelerate", "finetune", "finetuning") if data else None
+    accelerate = need("accelerate", "finetune", "training steps") if data else None
     if options.lora is not None or where.adapter is not None:
         peft()
     tokenizer = load_text_tokenizer(str(where.tokenizer or model), str(model))
