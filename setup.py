@@ -21,6 +21,7 @@ def read_version() -> str:
 
 
 EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "matplotlib>=3.8"]
+FINETUNE = ["peft>=0.17", "accelerate>=1.1"]
 MEGATRON = "megatron-core==0.16.1"
 EXTRAS = {
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
@@ -33,10 +34,13 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     # tasks and the plot of llmshearing evaluate; fsspec is left to pip, Composer's extras would pin old versions
     "eval": EVAL,
+    # llmshearing finetune
+    "finetune": FINETUNE,
     # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
     "megatron": [MEGATRON],
     "dev": [
         *EVAL,
+        *FINETUNE,
         MEGATRON,
         "pyarrow>=15",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf

@@ -21,6 +21,7 @@ LAYERS = [
     {"prune", "checkpoint"},
     {"training"},
     {"train", "utils", "evaluate"},
+    {"finetune"},
     {"cli"},
     {"__main__"},
 ]
