@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,11 @@ def write(
     *,
     tokenizer: Path | str,
     overwrite: bool,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
+
+    also: writes further files into the folder under its temporary name.
 
     Raises:
         ShearingError: what was written is another function than the model; nothing is kept.
@@ -120,6 +123,8 @@ def write(
         check_written(folder, result.model)
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        if also is not None:
+            also(folder)
 
     config = result.model.config
     if config.model_type not in FAMILIES:

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.files import write_text
-from llmshearing.report.page import page, remarks
+from llmshearing.report.page import missing, page
 from llmshearing.report.read import Run, read_run
 from llmshearing.report.record import PAGE_FILE
 
@@ -42,7 +42,7 @@ def _work(paths: Sequence[str], output: str | None) -> int:
     if target.is_dir():
         raise ShearingError(f"--output {target} is a directory; give the name of a file")
     for each in runs:
-        for text in remarks(each):
+        for text in missing(each):
             log.warning("%s: %s", each.path, text)
     write_text(target, page(runs))
     log.info("wrote %s", target)
@@ -52,13 +52,17 @@ def _work(paths: Sequence[str], output: str | None) -> int:
 def _read(paths: Sequence[str]) -> list[Run]:
     """All runs; what is wrong with any of them in one error."""
     found, problems = [], []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         try:
             found.append(read_run(path))
         except ShearingError as error:
             problems.append(str(error))
     if problems:
         raise ShearingError("\n".join(problems))
+    called = [each.name for each in found]
+    for each in found:
+        if called.count(each.name) > 1:
+            each.name = str(each.path)
     return found
 
 

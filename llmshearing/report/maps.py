@@ -1,9 +1,9 @@
 """Mask maps: which units of each layer are there, small enough for a page.
 
-    values [rows, N] in 0..1  -->  {"units": N, "rows": [text, ...]}
+    values [rows, N] in 0..1  -->  {"units": N, "rows": [text, ...], "sums": [number, ...]}
 
 A row is a layer, or the one row that all layers share. A character of its text is the mean of neighbours, as many as
-make at most WIDTH cells, in 64 steps, by the alphabet of base64 for URLs: `A` is 0, `_` is 1.
+make at most WIDTH cells, in 64 steps, by the alphabet of base64 for URLs: `A` is 0, `_` is 1. `sums` has each row's own sum, of all of its units.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def encoded(values: Sequence[np.ndarray] | np.ndarray, width: int = WIDTH) -> di
     """Rows of numbers in 0..1 (they may differ in length) as text; see the module."""
     rows = [np.asarray(row, dtype=np.float64) for row in values]
     texts = ["".join(ALPHABET[level] for level in np.rint(binned(row, width) * TOP).astype(int)) for row in rows]
-    return {"units": max((len(row) for row in rows), default=0), "rows": texts}
+    units = max((len(row) for row in rows), default=0)
+    return {"units": units, "rows": texts, "sums": [float(row.sum()) for row in rows]}
 
 
 def decoded(rows: Sequence[str]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ record is escaped in both.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -18,21 +19,33 @@ from llmshearing.report.figures import compared, figures, outcome
 from llmshearing.report.read import Run, read_run
 from llmshearing.report.record import PAGE_FILE, plain
 
+log = logging.getLogger(__name__)
+
 FRAMES = 60
 """Mask maps of a run on the page, evenly spread; the last is always among them."""
 VIEWS = {"kept": "kept, without noise", "open": "chance to be open"}
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def draw(folder: Path | str) -> Path:
-    """Draw the report of a run into its folder, from its record there.
+def draw(folder: Path | str, name: str | None = None) -> Path:
+    """Draw the report of a run into its folder, from its record there. name: the folder's, where it will get another.
 
     Raises:
         ShearingError: see :func:`read_run`. OSError: it cannot be written.
     """
     path = Path(folder) / PAGE_FILE
-    write_text(path, page([read_run(folder)]))
+    run = read_run(folder)
+    run.name = name or run.name
+    write_text(path, page([run]))
     return path
+
+
+def leave(folder: Path | str, name: str | None = None) -> None:
+    """:func:`draw` where work is done that must not be lost by it: what fails is a warning."""
+    try:
+        draw(folder, name)
+    except Exception:
+        log.warning("warning: %s was not drawn", Path(folder) / PAGE_FILE, exc_info=True)
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -82,9 +95,9 @@ def frames(run: Run) -> dict[str, Any] | None:
     return {"views": {view: VIEWS.get(view, view) for view in views}, "frames": shown, "step": run.kind != "prune"}
 
 
-def remarks(run: Run) -> list[str]:
-    """What a reader has to know before the figures."""
-    said = list(run.notes)
+def missing(run: Run) -> list[str]:
+    """What the page cannot show, in words."""
+    said = []
     if run.kind in ("train", "finetune") and not run.evaluations:
         said.append(
             "This run was never evaluated: there are no losses by domain and no mask maps. It evaluates every "
@@ -102,10 +115,9 @@ def _web(name: str) -> str:
 def _run(run: Run, number: int, alone: bool) -> str:
     first, last = run.starts[0], run.starts[-1]
     heading = "h1" if alone else "h2"
-    tables = "".join(
-        f"<h3>{escape(title)}</h3>{table(found['columns'], found['rows'])}" for title, found in run.tables.items()
-    )
-    said = "".join(f'<p class="remark">{escape(text)}</p>' for text in remarks(run))
+    tables = [f"<h3>{escape(title)}</h3>{table(each['columns'], each['rows'])}" for title, each in run.tables.items()]
+    remarks = {**run.notes, **dict.fromkeys(missing(run), True)}
+    said = "".join(f'<p class="{"remark" if warns else "note"}">{escape(text)}</p>' for text, warns in remarks.items())
     history = "".join(f"<li>{escape(str(text))}</li>" for text in last["history"])
     config = last.get("config")
     parts = [
@@ -113,9 +125,10 @@ def _run(run: Run, number: int, alone: bool) -> str:
         f"<{heading}>{escape(run.name)}</{heading}><p>{escape(last['title'])}</p>",
         f'<p class="state">{escape(state(run))}</p></header>',
         said,
-        tables,
+        "".join(tables[:1]),
         f'<div class="figures" data-run="{number}"></div>',
         f'<div class="maps" data-run="{number}"></div>' if run.maps else "",
+        *tables[1:],
         "<h3>Facts</h3>",
         facts({**last["about"], "begun": first.get("time"), "versions": _pairs(last["versions"])}),
         "<h3>Commands</h3>",
@@ -171,11 +184,13 @@ def _joined(runs: Sequence[Run], title: str) -> str:
 def table(columns: Iterable[Any], rows: Iterable[Sequence[Any]]) -> str:
     """An HTML table whose first column names the lines."""
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in columns)
-    lines = "".join(
-        f'<tr><th scope="row">{escape(str(row[0]))}</th>{"".join(f"<td>{escape(cell(c))}</td>" for c in row[1:])}</tr>'
-        for row in rows
-    )
+    lines = "".join(f'<tr><th scope="row">{escape(str(row[0]))}</th>{"".join(map(_td, row[1:]))}</tr>' for row in rows)
     return f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _td(value: Any) -> str:
+    text = cell(value)
+    return f'<td class="text">{escape(text)}</td>' if len(text) > 30 else f"<td>{escape(text)}</td>"
 
 
 def facts(found: Mapping[str, Any]) -> str:
@@ -198,4 +213,4 @@ def cell(value: Any) -> str:
 
 
 def _pairs(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+    return ", ".join(f"{name} {cell(value)}" for name, value in found.items() if value is not None)

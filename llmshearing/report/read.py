@@ -29,24 +29,22 @@ class Run:
     """What a record tells. Lists are in the order of batches."""
 
     path: Path
+    name: str
+    """What it is called beside others."""
     starts: list[dict[str, Any]] = field(default_factory=list)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     maps: dict[int, dict[str, Any]] = field(default_factory=dict)
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, bool] = field(default_factory=dict)
+    """Sentences, and whether they warn."""
     end: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
         """train, prune, finetune, evaluate."""
         return str(self.starts[-1]["kind"])
-
-    @property
-    def name(self) -> str:
-        """What it is called beside others."""
-        return self.path.resolve().name
 
     @property
     def last_batch(self) -> int:
@@ -67,7 +65,7 @@ class Run:
         elif event == "points":
             self.points.append(line)
         elif event == "note":
-            self.notes = list(dict.fromkeys([*self.notes, line["text"]]))
+            self.notes[line["text"]] = bool(line.get("warning"))
         elif event == "end":
             self.end = line
 
@@ -98,7 +96,7 @@ def read_run(path: Path | str) -> Run:
         texts = file.read_bytes().split(b"\n")
     except OSError as error:
         raise ShearingError(f"{file} cannot be read: {error.strerror}") from error
-    run = Run(file.parent)
+    run = Run(file.parent, file.parent.resolve().name)
     lines = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     begun = False
     for place, (number, text) in enumerate(lines):
@@ -155,6 +153,10 @@ def _problem(line: Any) -> str | None:
     return _inside(line)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _inside(line: dict[str, Any]) -> str | None:
     """What is wrong further inside of a line, or None."""
     event = line["event"]
@@ -173,4 +175,7 @@ def _inside(line: dict[str, Any]) -> str | None:
             )
             if not whole or not found["rows"] or not all(isinstance(row, str) for row in found["rows"]):
                 return "its maps need units and rows of text for each kind"
+            sums = found.get("sums")
+            if not isinstance(sums, list) or len(sums) != len(found["rows"]) or not all(map(_is_number, sums)):
+                return "its maps need a sum for each row"
     return None

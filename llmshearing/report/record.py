@@ -5,10 +5,10 @@ A line is a JSON object; `event` says what it is (docs/report.md has all fields)
     start        the first line, and again wherever the run goes on: kind, title, batch, command, versions, ...
     step         batch, tokens, seconds, values {name: number}
     evaluation   batch, tokens, loss, domains {name: nats per token}, mixture {name: share}
-    maps         batch, maps {view: {kind of unit: {units, rows}}}      see `report.maps`
+    maps         batch, maps {view: {kind of unit: {units, rows, sums}}}      see `report.maps`
     table        title, columns, rows                                   a later one of the same title replaces it
     points       x, y, points [{name, x, y, error, marked}]
-    note         text
+    note         text, warning
     end          batch, state
 
 A `start` at batch b takes back what earlier lines tell of later batches: that work was lost. A line that a killed run
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = "llmshearing-run-1"
 RUN_FILE, PAGE_FILE = "run.jsonl", "report.html"
-LIBRARIES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "peft", "trl", "lm_eval")
+LIBRARIES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "peft", "trl", "lm_eval", "datasets")
 DIGITS = 7  # significant ones of a number, about those of a float32
 
 
@@ -91,7 +91,7 @@ class Recorder:
                 "batch": batch,
                 "fresh": fresh,
                 "time": now(),
-                "command": shlex.join(sys.argv),
+                "command": command(),
                 "versions": versions(),
                 "about": dict(about or {}),
                 "history": list(history),
@@ -128,9 +128,9 @@ class Recorder:
         """x, y: what the axes are called."""
         self._write("points", {"x": x, "y": y, "points": [dict(point) for point in points]})
 
-    def note(self, text: str) -> None:
-        """A sentence for the page."""
-        self._write("note", {"text": text})
+    def note(self, text: str, warning: bool = False) -> None:
+        """A sentence for the page; a warning stands out."""
+        self._write("note", {"text": text, "warning": warning})
 
     def end(self, batch: int = 0, state: str = "finished") -> None:
         """Close the record."""
@@ -163,6 +163,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def command() -> str:
+    """The command line of this process, as it was typed where that is known."""
+    program, *words = sys.argv
+    if Path(program).name == "__main__.py":  # python -m llmshearing
+        program = "llmshearing" if Path(program).parent.name == "llmshearing" else program
+    elif Path(program).name == "llmshearing":
+        program = "llmshearing"
+    return shlex.join([program, *words])
 
 
 def versions() -> dict[str, str]:

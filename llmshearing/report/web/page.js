@@ -78,7 +78,7 @@
     const xs = figure.series.flatMap((each) => each.x), ys = figure.series.flatMap((each) => each.y);
     const last = (each) => each.y[each.y.length - 1];
     const said = figure.series.map((each) => `${each.name}: from ${short(each.y[0])} to ${short(last(each))}`).join("; ");
-    const first = Math.min(...xs), end = Math.max(...xs);
+    const end = Math.max(...xs), first = Math.min(...xs) < 0.1 * end ? 0 : Math.min(...xs);
     const { svg, x, y } = frame(parent, figure.title, figure.unit, [first, end], ys, figure.x, said);
     for (const each of figure.series) {
       const path = each.x.map((value, at) => `${at ? "L" : "M"}${x(value).toFixed(1)} ${y(each.y[at]).toFixed(1)}`).join("");
@@ -122,15 +122,16 @@
     return best;
   }
 
-  // Names at the ends of lines, pushed apart.
+  // Names at the ends of lines, or beside points (with x), pushed apart.
   function labels(svg, wanted) {
-    const gap = 13, lowest = H - BOTTOM + 4;
+    const gap = 13, lowest = H - BOTTOM + (wanted[0].x === undefined ? 4 : -4);
     const sorted = wanted.map((each) => ({ ...each })).sort((a, b) => a.y - b.y);
     sorted.forEach((each, at) => { if (at) each.y = Math.max(each.y, sorted[at - 1].y + gap); });
     for (let at = sorted.length - 1, limit = lowest; at >= 0; at--, limit -= gap) sorted[at].y = Math.min(sorted[at].y, limit);
     for (const each of sorted) {
       const text = each.text.length > 17 ? `${each.text.slice(0, 16)}…` : each.text;
-      const made = node(svg, "text", { x: W - RIGHT + 7, y: each.y + 4, style: `fill: var(--c${each.color % 8})` }, text);
+      const left = each.x === undefined ? W - RIGHT + 7 : each.x + 9;
+      const made = node(svg, "text", { x: left, y: each.y + 4, style: `fill: var(--c${each.color % 8})` }, text);
       node(made, "title", {}, each.text);
     }
   }
@@ -153,7 +154,7 @@
         : node(svg, "circle", { cx: x(each.x), cy: y(each.y), r: 4, style: `fill: ${color}` });
       node(mark, "title", {}, `${each.name}: ${short(each.x)}, ${short(each.y)}${each.error ? ` ± ${short(each.error)}` : ""}`);
     });
-    labels(svg, points.map((each, at) => ({ text: each.name, y: y(each.y), color: at })));
+    labels(svg, points.map((each, at) => ({ text: each.name, x: x(each.x), y: y(each.y), color: at })));
   }
 
   // Mask maps ------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@
     svg.addEventListener("mouseleave", hide);
     return (maps, view) => {
       now = maps[kind] || { units: 0, rows: [] };
-      const rows = now.rows.map(values), whole = mean(rows.map(mean));
+      const rows = now.rows.map(values), part = now.rows.map((row, at) => now.sums[at] / (now.units || 1));
       const paths = Array.from({ length: LEVELS }, () => "");
       rows.forEach((row, layer) => {
         for (let from = 0; from < row.length; ) {
@@ -246,11 +247,11 @@
       texts.replaceChildren();
       rows.forEach((row, layer) => {
         if (layer % every_n === 0)
-          node(texts, "text", { x: left + across * row.length + 6, y: layer * high + high / 2 + 3.5 }, `${Math.round(mean(row) * 100)} %`);
+          node(texts, "text", { x: left + across * row.length + 6, y: layer * high + high / 2 + 3.5 }, `${Math.round(part[layer] * 100)} %`);
       });
       const count = narrow ? rows.length : now.units;
-      detail.textContent = `  ${short(whole * count)} of ${count}${shared || narrow ? "" : " a layer, on average"}`;
-      svg.setAttribute("aria-label", `${kind}, ${view}: ${rows.map((row, at) => `${shared ? "all layers" : `layer ${at}`} ${Math.round(mean(row) * 100)} %`).join(", ")}`);
+      detail.textContent = `  ${short(mean(part) * count)} of ${count}${shared || narrow ? "" : " a layer, on average"}`;
+      svg.setAttribute("aria-label", `${kind}, ${view}: ${rows.map((row, at) => `${shared ? "all layers" : `layer ${at}`} ${Math.round(part[at] * 100)} %`).join(", ")}`);
     };
   }
 

@@ -23,7 +23,7 @@ from llmshearing.masks import hard_concrete
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.report.images import curve_image, map_image
 from llmshearing.report.maps import encoded
-from llmshearing.report.page import draw
+from llmshearing.report.page import leave
 from llmshearing.report.record import Recorder
 from llmshearing.training.callbacks.losses import evaluation_record
 
@@ -174,7 +174,7 @@ class RunRecord(LoggerDestination):
 
         if self.begun:
             write()
-            draw(self.recorder.folder)
+            leave(self.recorder.folder)
         else:
             self.waiting.append(write)
         self._log_images(maps, logger)
@@ -206,4 +206,4 @@ class RunRecord(LoggerDestination):
         self.ended = True
         self.recorder.table("Sizes", *self.table())
         self.recorder.end(state.timestamp.batch.value, how)
-        draw(self.recorder.folder)
+        leave(self.recorder.folder)
