@@ -125,7 +125,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     recorder = Recorder(folder).start(
         "evaluate",
         f"{len(models)} models side by side",
-        about={"source": result["source"], "dtype": result["dtype"], "device": result["device"]}
+        about={"compared with": result["source"], "dtype": result["dtype"], "device": result["device"]}
         | {model["name"]: f"{model['path']}, {model['kind']}" for model in models},
     )
     lines = [[name, *row] for name, row in zip(*rows(result), strict=True)]

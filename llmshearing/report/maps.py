@@ -3,7 +3,8 @@
     values [rows, N] in 0..1  -->  {"units": N, "rows": [text, ...], "sums": [number, ...]}
 
 A row is a layer, or the one row that all layers share. A character of its text is the mean of neighbours, as many as
-make at most WIDTH cells, in 64 steps, by the alphabet of base64 for URLs: `A` is 0, `_` is 1. `sums` has each row's own sum, of all of its units.
+make at most WIDTH cells, in 64 steps, by the alphabet of base64 for URLs: `A` is 0, `_` is 1. `sums` has the sum of
+each row, of all of its units.
 """
 
 from __future__ import annotations
