@@ -67,7 +67,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),
     entry_points={"console_scripts": ["llmshearing=llmshearing.cli:main"]},
-    package_data={"llmshearing": ["scripts/*.sh", "evaluate/tasks/*.yaml"]},
+    package_data={"llmshearing": ["scripts/*.sh", "evaluate/tasks/*.yaml", "report/web/*"]},
     install_requires=read_requirements(),
     extras_require=EXTRAS,
 )

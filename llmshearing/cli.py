@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "compare": ("checkpoints.cli", "test_composer_hf_eq", "compare a Hugging Face model with a checkpoint"),
     "evaluate": ("evaluate.__main__", "main", "judge models side by side: loss, tasks, cost, speed"),
     "finetune": ("finetune.__main__", "main", "train a directory on text, prompts or chats; LoRA too"),
+    "report": ("report.__main__", "main", "draw a run's report.html again, or compare runs"),
     "pad": ("prune.pad", "main", "fill layers of unequal sizes to a plain model"),
 }
 """What the user types -> the module below the package, its function of the arguments, one line."""
@@ -49,6 +50,7 @@ Finetuned, on text or on the answers of chats:
 
 What it is worth:
   llmshearing evaluate out/small --source models/source --data data/mds
+  llmshearing report out/prune out/more --output comparison.html
 """
 HELP = ("-h", "--help")
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"files", "families", "lookahead", "moved", "commands"},
     {"config", "storage"},
     {"fold", "data"},
-    {"masks"},
+    {"masks", "report"},
     {"checkpoints"},
     {"megatron"},
     {"prune", "checkpoint"},
