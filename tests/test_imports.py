@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmshearing"
 # A module may import its own layer and what lies below it.
 LAYERS = [
-    {"errors", "progress", "compat"},
+    {"errors", "progress", "compat", "onimport"},
     {"files", "families", "lookahead", "moved", "commands"},
     {"config", "storage"},
     {"fold", "data"},
