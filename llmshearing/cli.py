@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from llmshearing import __version__
-from llmshearing.commands import INTERRUPTED, run, typed
+from llmshearing.commands import INTERRUPTED, lacking, run, typed
 from llmshearing.errors import ShearingError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -74,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(command(words[len(name.split()) :]))
     except KeyboardInterrupt:  # while it was imported
         return INTERRUPTED
+    except ModuleNotFoundError as error:  # likewise
+        if (absent := lacking(error, f"llmshearing {name}")) is None:
+            raise
+        return run(lambda: _fail(absent))
+
+
+def _fail(error: ShearingError) -> int:
+    raise error
 
 
 def _tell(words: Sequence[str]) -> int:
