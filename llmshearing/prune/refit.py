@@ -8,6 +8,9 @@
     output head                                                       W_head B, B: the source's last normed stream from
                                                                       the model's
 
+A token of the stream counts by its relative error, as the norms that read the stream see it: where one is a hundred
+times as long as the others (the first of a sequence, often), it would else be all that counts.
+
 X is what the tensor reads in the cut model, whose earlier tensors are refitted by then. The MLP of a layer is asked for
 the source's stream just before the next kept layer: it takes over the layers that are gone, and all earlier errors.
 Biases, norms, embeddings and a head that is the embedding stay. Nothing is trained. The sequences that choose serve
@@ -205,7 +208,8 @@ class _Refitting:
             stream, (read, said) = _tokens(seen[norm.own][0]), seen[row.own]
             says = stream + _tokens(said)
             self._check(says, _tokens(seen[after.own][0] if after else seen[None][1]))
-            fit.add(read, _part(_tokens(wanted).to(stream), self.units) - says)
+            aim = _part(_tokens(wanted).to(stream), self.units)
+            fit.add(read, aim - says, aim.norm(dim=-1, keepdim=True))
         fit.solve(self.ridge)
 
     def _check(self, assumed: Tensor, found: Tensor) -> None:
@@ -287,9 +291,12 @@ class _Fit:
         self.square: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
 
-    def add(self, read: Tensor, residual: Tensor) -> None:
-        """read: [..., n]; residual: [..., m], what is wanted less what is said."""
+    def add(self, read: Tensor, residual: Tensor, length: Tensor | None = None) -> None:
+        """read: [..., n]; residual: [..., m], what is wanted less what is said; length: [N, 1], of what is wanted."""
         x, r = _tokens(read).float(), _tokens(residual).float()
+        if length is not None:
+            length = length.float().clamp_min(torch.finfo(torch.float32).tiny)
+            x, r = x / length, r / length
         self.square = self.square + (x.T @ x).to("cpu", torch.float64)
         self.cross = self.cross + (r.T @ x).to("cpu", torch.float64)
 

@@ -5,20 +5,25 @@ see `tokens.py`) and `set` (the domain's name), and may have `loss_mask` (see `m
 shared memory.
 """
 
+from __future__ import annotations
+
 import os
 import struct
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmshearing.data.mds.files import ShardFiles
+from llmshearing.data.mds.format import Shard
 from llmshearing.data.mds.index import read_index
 from llmshearing.data.mds.masks import COLUMN, unpacked
-from llmshearing.data.mds.remote import Remote
 from llmshearing.data.mds.tokens import LARGEST_VOCABULARY, as_ids, recognise
 from llmshearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    from llmshearing.data.mds.remote import Remote
 
 OPEN_FILES = 64  # a directory; a pass reads from 17 shards at a time
 LOOKED_AT = 64  # first samples by which the width of ids in a `bytes` column is recognised
@@ -160,13 +165,13 @@ class MdsDirectory:
         return {**self.__dict__, "_open": {}}  # open files do not travel to another process
 
 
-def _decode(shard: Any, data: bytes) -> dict[str, Any]:
-    """The columns of a sample. Arrays of fixed shape directly, as Streaming parses their type anew each time."""
+def _decode(shard: Shard, data: bytes) -> dict[str, Any]:
+    """The columns of a sample. Arrays of fixed shape directly: their type is parsed anew each time otherwise."""
     if shard.column_names != ["set", "tokens"] or not (size := shard.column_sizes[1]):
-        return shard.decode_sample(data)
+        return shard.decode(data)
     _, kind, *shape = shard.column_encodings[1].split(":")
     if shape and "," in shape[0]:
-        return shard.decode_sample(data)
+        return shard.decode(data)
     (name,) = struct.unpack_from("<I", data)
     if len(data) != 4 + name + size:
         raise ValueError(f"a sample of {len(data)} bytes, not {4 + name + size}")

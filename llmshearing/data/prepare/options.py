@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from llmshearing.commands import parser as command_parser
+from llmshearing.data.mds.compression import NAMES
 from llmshearing.data.prepare.forms import AUTO, FORMS
 from llmshearing.data.prepare.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
@@ -90,8 +91,7 @@ class Options:
         return said
 
     def _shard_problems(self) -> list[str]:
-        from streaming.base.compression import get_compressions  # brings torch, which worker processes do without
-        from streaming.base.util import bytes_to_int
+        from streaming.base.util import bytes_to_int  # brings torch, which worker processes do without
 
         said = []
         try:
@@ -100,8 +100,8 @@ class Options:
             size = 0
         if not 0 < size < 2**32:  # MDS counts a shard's bytes in 32 bits
             said.append(f"shard_size is {self.shard_size!r}; write it like 64mb, below 4gb")
-        if self.compression is not None and self.compression not in (known := get_compressions()):
-            names = sorted(name for name in known if ":" not in name)
+        if self.compression is not None and self.compression not in NAMES:
+            names = sorted(name for name in NAMES if ":" not in name)
             said.append(f"compression is {self.compression!r}; known are {', '.join(names)}, with a level as in zstd:7")
         return said
 
