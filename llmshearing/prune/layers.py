@@ -64,21 +64,25 @@ def _signature(layer: nn.Module) -> dict[str, Any]:
     return found | {f"{name}: shape": shape for name, shape in shapes.items()}
 
 
-@torch.no_grad()
 def check_written(folder: Path, measured: PreTrainedModel) -> None:
     """Load what was written and compare its log-probabilities with those of the model that was measured.
 
     Raises:
         ShearingError: they differ: another function was written.
     """
+    written = load_hf_model(folder, torch.float32).eval().to(measured.device)
+    check_same_function(written, measured, "what was written is another function than what was measured")
+
+
+@torch.no_grad()
+def check_same_function(written: PreTrainedModel, measured: PreTrainedModel, said: str) -> None:
+    """Compare the log-probabilities of two models on random tokens; raises ShearingError, which begins with `said`."""
     size = measured.config.get_text_config().vocab_size
     ids = torch.randint(size, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0)).to(measured.device)
-    written = load_hf_model(folder, torch.float32).eval().to(measured.device)
     one, other = (model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for model in (measured, written))
     both = one.isfinite() & other.isfinite()
     difference = (one - other)[both].abs().max().item() if bool(both.any()) else 0.0
     if difference > TOLERANCE or not torch.equal(one.isfinite(), other.isfinite()):
         raise ShearingError(
-            "what was written is another function than what was measured: log-probabilities differ by "
-            f"{difference:.3g} nats (tolerance {TOLERANCE:g}). Nothing is kept"
+            f"{said}: log-probabilities differ by {difference:.3g} nats (tolerance {TOLERANCE:g}). Nothing is kept"
         )

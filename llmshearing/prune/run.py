@@ -26,13 +26,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import as_loaded, load_hf_model, looks_local
-from llmshearing.checkpoints.output import REPORT, check_directory
+from llmshearing.checkpoints.output import check_directory, history_of
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
 from llmshearing.families.names import HIDDEN, LAYERS
 from llmshearing.families.table import Table
-from llmshearing.prune.apply import Result, check_layers, folded, shortened, write
+from llmshearing.fold.selection import choice_of
+from llmshearing.fold.zeros import ZEROED
+from llmshearing.prune.apply import Result, check_layers, folded, shortened, write, zeroed_in_place
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
@@ -75,6 +77,7 @@ def prune(
     device: str = "cpu",
     save_gpu_memory: bool = False,
     pad: bool = False,
+    zero: bool = False,
     overwrite: bool = False,
     refit: bool = False,
     refit_ridge: float = 0.1,
@@ -89,6 +92,7 @@ def prune(
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
         refit, refit_ridge: fit what stays to what the source says, in closed form; see `llmshearing.prune.refit`.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
+        zero: keep the source's shape, with zeros where units are closed, to be finetuned before it is folded.
         options: the method's own.
 
     Raises:
@@ -102,6 +106,8 @@ def prune(
     data = _calibration(calibration, model, plan.config, sequences)
     if refit:
         _check_refit(plan, data, pad)
+    if zero:
+        _check_zero(plan, pad, refit)
     if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
     dtypes = _dtypes(model, plan)
@@ -115,7 +121,11 @@ def prune(
         choice = counting_energy(choice, source, table, data)
     if table:  # a method that parts tied tensors has changed the source's config
         table = table_for(source.config, plan.target.head_mode)
-        result = folded(source, table, choice, dtypes, pad)
+        if zero:
+            result = zeroed_in_place(source, table, choice, dtypes)
+            choice = replace(choice, selection=choice_of(choice.selection), about={**choice.about, ZEROED: True})
+        else:
+            result = folded(source, table, choice, dtypes, pad)
         if refit and data is not None:
             choice = _refitted(source, result, table, choice, data, refit_ridge, device)
     else:
@@ -126,7 +136,7 @@ def prune(
     record = {
         **{"method": method, "source": str(model), "target": dict(target), "options": plan.options, "split": split},
         **as_plain(before, after),
-        "history": [*_history(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
+        "history": [*history_of(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
     }
     with _tokenizer(model, choice) as tokenizer:
         whole = table or plan.table
@@ -157,6 +167,14 @@ def _check_refit(plan: Plan, data: Calibration | None, pad: bool) -> None:
     if pad:
         raise ShearingError("refit and pad: padding has to stay 0; refit first, pad the result")
     check_refittable(plan.table)
+
+
+def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
+    """Refuse before the work what cannot be zeroed; the choice itself is checked when it is there."""
+    if not plan.table.tensors:
+        raise ShearingError("zero: the model has no table that says which tensors hold the closed units")
+    if pad or refit:
+        raise ShearingError("zero with pad or refit: a zeroed model keeps its source's shape; finetuning fits it")
 
 
 def _refitted(
@@ -262,15 +280,6 @@ def _calibration(
         return None
     longest = getattr(config, "max_position_embeddings", None) or 1 << 30
     return read_calibration(path, model, config.vocab_size, longest, options)
-
-
-def _history(model: Path | str) -> list[str]:
-    """How the source was pruned before, where it was."""
-    try:
-        history = json.loads((Path(model) / REPORT).read_text())["history"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [str(line) for line in history] if isinstance(history, list) else []
 
 
 @contextmanager

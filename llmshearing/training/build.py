@@ -281,5 +281,7 @@ def build_trainer(
             callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *basis, *safety, *stage],
             loggers=[*build_loggers(cfg, go_on=folded is not None), *record],
             device=device,
+            # Microbatches and ranks weigh by the tokens that count, so that the loss is the mean over all of them.
+            accumulate_train_batch_on_tokens=dataset.masked,
             **trainer_options(cfg, device),
         )

@@ -1,0 +1,87 @@
+"""What comes out: the merged model, folded where it was zeroed, as a plain Hugging Face directory with its card."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from llmshearing.checkpoints.hf_read import build_model
+from llmshearing.checkpoints.output import FINETUNING, SELECTION
+from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.table import Table
+from llmshearing.fold.fold import fold_lazily, folded_config, renamed
+from llmshearing.fold.selection import Selection, choice_of, save_selection
+from llmshearing.fold.zeros import ZEROED, check_zeros
+from llmshearing.prune.apply import Result, write_model
+from llmshearing.prune.layers import check_same_function, check_written
+from llmshearing.storage.dtypes import cast
+
+log = logging.getLogger(__name__)
+
+
+def rounded(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round each tensor to the dtype that it will be stored in: what is compared is what is written."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(cast(name, value, dtypes[name]))
+
+
+def folded_again(model: PreTrainedModel, table: Table, selection: Selection) -> PreTrainedModel:
+    """A zeroed model -> the compact one, which computes the same.
+
+    Raises:
+        ShearingError: something that the selection closes is not 0, or the two differ.
+    """
+    weights: dict[str, Tensor] = model.state_dict()
+    check_zeros(weights, table, selection)
+    chosen = choice_of(selection)
+    with torch.no_grad():
+        small = {name: make() for name, make in fold_lazily(weights, table, chosen)}
+    values = folded_config(model.config.to_dict(), table, chosen)
+    compact = build_model(small, config_of(values), model.dtype)
+    check_same_function(compact, model, "the folded model is another function than the zeroed one")
+    return compact
+
+
+def folded_dtypes(dtypes: Mapping[str, torch.dtype], table: Table, selection: Selection) -> dict[str, torch.dtype]:
+    """The stored dtypes by the folded model's names."""
+    return {new: dtypes[name] for name, new, _, _ in renamed(table, choice_of(selection))}
+
+
+def write_finetuned(
+    model: PreTrainedModel,
+    generation: GenerationConfig | None,
+    dtypes: dict[str, torch.dtype],
+    directory: Path,
+    record: Mapping[str, Any],
+    *,
+    tokenizer: Path | str,
+    selection: Selection | None,
+    overwrite: bool,
+) -> None:
+    """Write, load again and compare, then give the directory its name.
+
+    Args:
+        selection: of a zeroed model that is written as such.
+
+    Raises:
+        ShearingError: what was written is another function than the model; nothing is kept.
+    """
+
+    def extra(folder: Path) -> None:
+        check_written(folder, model)
+        if selection is not None:
+            save_selection(folder / SELECTION, choice_of(selection), {ZEROED: True})
+        (folder / FINETUNING).write_text(json.dumps(dict(record), indent=1, default=str) + "\n")
+
+    write_model(
+        Result(model, generation, dtypes), directory, record["history"], tokenizer=tokenizer, tokenizer_required=True,
+        overwrite=overwrite, extra=extra,
+    )  # fmt: skip
