@@ -91,6 +91,7 @@ WORK = {
     "prune": ("random --model a --output b --ratio 0.5", "prune"),
     "pad": ("--model a --output b", "pad"),
     "evaluate": ("models/a --no_speed", "evaluate"),
+    "report": ("out/a", "read_run"),
 }
 
 
