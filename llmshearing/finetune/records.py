@@ -84,7 +84,7 @@ class Data:
         """SHA-256 of all tokens and labels."""
         found = hashlib.sha256()
         for example in (*self.train, Example(np.zeros(0), np.zeros(0)), *self.held_out):
-            found.update(np.int64([len(example.ids)]).tobytes() + example.ids.tobytes() + example.labels.tobytes())
+            found.update(len(example.ids).to_bytes(8, "little") + example.ids.tobytes() + example.labels.tobytes())
         return found.hexdigest()
 
     def told(self) -> dict[str, int]:
@@ -156,8 +156,8 @@ def _encoded(
             lengths.records += 1
             lengths.longest = max(lengths.longest, len(ids))
             lengths.empty += not ids
-            labels = np.where(answers, np.int64(ids), IGNORED)
-            pieces = _pieces(np.int32(ids), labels, max_length, all(answers), lengths)
+            labels = np.where(answers, np.array(ids, np.int64), IGNORED)
+            pieces = _pieces(np.array(ids, np.int32), labels, max_length, all(answers), lengths)
             if pieces:
                 found.append(pieces)
             bar.update()

@@ -112,8 +112,9 @@ def finetune(model: Path | str, data: Sequence[Path | str], options: Options, wh
         _write(adapted, source, model, options, where, {**figures, "seconds": time.perf_counter() - start})
         shutil.rmtree(where.checkpoints, ignore_errors=True)
         log.info("wrote the finetuned model to %s", where.output)
-    if state is not None:
+    if state is not None and state.num_processes > 1:
         state.wait_for_everyone()
+        state.destroy_process_group()
     return where.output
 
 

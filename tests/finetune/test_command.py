@@ -132,3 +132,15 @@ def test_sources_that_cannot_be(place, tmp_path, caplog):
     assert run("finetune", place / "source", unknown, *out) == 1
     assert f"{unknown}:2 is of no known form" in caplog.text
     assert not (tmp_path / "o").exists() and not (tmp_path / "o-checkpoints").exists()
+
+
+def test_the_commands_of_the_readme(place, tmp_path, monkeypatch, root):
+    pytest.importorskip("peft")
+    text = (root / "README.md").read_text().split("## Finetune\n")[1].split("```bash\n")[1].split("```")[0]
+    shutil.copytree(place / "source", tmp_path / "out" / "small")
+    shutil.copy(place / "chats.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = text.splitlines()
+    assert len(lines) == 3 and all(run(*line.split()[1:]) == 0 for line in lines)
+    config = json.loads((tmp_path / "out" / "smaller" / "config.json").read_text())
+    assert config["intermediate_size"] == 8 and (tmp_path / "out" / "chat" / "chat_template.jinja").is_file()
