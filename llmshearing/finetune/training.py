@@ -209,9 +209,14 @@ def check_same_run(folder: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def begin(folder: Path, about: Mapping[str, Any], restart: bool) -> None:
-    """The folder of a run's checkpoints, with what it was told; see :func:`check_same_run`."""
-    if restart:
+def begin(folder: Path, about: Mapping[str, Any], restart: bool, first: bool = True) -> None:
+    """The folder of a run's checkpoints, with what it was told; see :func:`check_same_run`.
+
+    Args:
+        first: whether this is the process that writes; the others compare.
+    """
+    if restart and first:
         shutil.rmtree(folder, ignore_errors=True)
     check_same_run(folder, about)
-    files.write_text(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
+    if first:
+        files.write_text(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
