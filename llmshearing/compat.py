@@ -27,6 +27,9 @@ SCALED_GEMMA2_EMBEDDING = FIVE
 HEADS_DIVIDE_HIDDEN = FIVE
 """Configs refuse hidden units that are no multiple of heads, also where the width of heads is told apart."""
 
+MODULES_AS_STORED = not FIVE
+"""Whether modules carry the names that tensors have on disk. 5 renames some, and fuses experts (`families.stored`)."""
+
 FEWEST_HEADS = 1 if FIVE else 0
 """Query heads of a row without which attention fails."""
 

@@ -28,7 +28,7 @@ def test_help_shows_the_way_and_every_command(capsys):
     assert max(map(len, text.splitlines())) <= 120
     way = text.partition("Commands")[0]
     steps = re.findall(r"^  llmshearing (data \S+|\S+)", way, flags=re.MULTILINE)
-    assert steps == ["data prepare", "target-loss", "train", "fold", "train", "convert", "prune", "evaluate"]
+    assert steps == ["data prepare", "target-loss", "train", "fold", "train", "convert", "prune", "evaluate", "report"]
     assert len(way.splitlines()) <= 19
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmshearing.errors import ShearingError
 from llmshearing.files import whole_folder
+from llmshearing.report.record import PAGE_FILE, RUN_FILE
 
 # Tokenizer files of transformers; they are copied as they are.
 TOKENIZER_FILES = (
@@ -30,6 +31,7 @@ FINETUNING = "finetune.json"
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
     rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(FINETUNING)}"
+    rf"|{re.escape(RUN_FILE)}|{re.escape(PAGE_FILE)}"
 )
 
 

@@ -43,4 +43,4 @@ def gpt_neox_table(config: Any, head_mode: str = "group") -> Table:
     )
 
 
-FAMILY = Family("gpt_neox", gpt_neox_table, GPT_NEOX_KEYS)
+FAMILY = Family("gpt_neox", gpt_neox_table, GPT_NEOX_KEYS, renamed={"embed_out": "lm_head"})

@@ -84,7 +84,8 @@ class Data:
         """SHA-256 of all tokens and labels."""
         found = hashlib.sha256()
         for example in (*self.train, Example(np.zeros(0), np.zeros(0)), *self.held_out):
-            found.update(len(example.ids).to_bytes(8, "little") + example.ids.tobytes() + example.labels.tobytes())
+            found.update(np.array([len(example.ids)], np.int64).tobytes())
+            found.update(example.ids.tobytes() + example.labels.tobytes())
         return found.hexdigest()
 
     def told(self) -> dict[str, int]:

@@ -127,8 +127,11 @@ def write(
     *,
     tokenizer: Path | str,
     overwrite: bool,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
+
+    also: writes further files into the folder under its temporary name.
 
     Raises:
         ShearingError: what was written is another function than the model; nothing is kept.
@@ -138,6 +141,8 @@ def write(
         check_written(folder, result.model)
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        if also is not None:
+            also(folder)
 
     required = choice.write_tokenizer is not None
     write_model(

@@ -7,17 +7,19 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
 from llmshearing.progress import tqdm
-from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.methods.decoder import batch_loss
+from llmshearing.prune.calibration import IGNORED, Calibration
+from llmshearing.prune.methods.decoder import batch_loss, weight
 
 CONTEXT = 128  # tokens of the sequence that FLOPs are told for
 SHORT = (2, 4)  # tokens of the sequences that they are counted on
@@ -79,13 +81,26 @@ def perplexity_of(
     reencode: ids of the source's tokenizer -> the model's, where it has another; lengths then differ, and a loss still
     counts for the source's tokens, so that perplexities before and after can be compared.
     """
-    batches = [*calibration.batches("report")]
+    batches = [*calibration.labelled("report")]
+    counted = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches)
     if reencode is not None:
-        batches = [torch.tensor([reencode(row.tolist())]) for batch in batches for row in batch]
+        batches = [_reencoded(*row, reencode) for batch in batches for row in zip(*batch, strict=True)]
     total = 0.0  # nats
-    for batch in tqdm(batches, desc="perplexity", unit="batch"):
-        total += batch_loss(model, batch) * batch.shape[0] * (batch.shape[1] - 1)
-    return math.exp(total / (len(calibration.report) * (calibration.report.shape[1] - 1)))
+    for batch, labels in tqdm(batches, desc="perplexity", unit="batch"):
+        total += batch_loss(model, batch, labels) * weight(labels) * (batch.shape[1] - 1)
+    return math.exp(total / counted)
+
+
+def _reencoded(ids: Tensor, labels: Tensor, reencode: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
+    """A batch of one sequence and its labels in the other tokenizer: what counts and what does not, each by itself."""
+    tokens: list[int] = []
+    wanted: list[int] = []
+    pairs = zip(ids.tolist(), (labels != IGNORED).tolist(), strict=True)
+    for counts, run in groupby(pairs, key=lambda pair: pair[1]):
+        made = reencode([token for token, _ in run])
+        tokens += made
+        wanted += made if counts else [IGNORED] * len(made)
+    return torch.tensor([tokens]), torch.tensor([wanted])
 
 
 def peak_memory() -> int:

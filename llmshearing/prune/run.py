@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
+from llmshearing.prune.recording import record_prune
 from llmshearing.prune.refit import check_refittable
 from llmshearing.prune.refit import refit as refit_model
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
@@ -137,7 +139,9 @@ def prune(
         "history": [*history_of(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
     }
     with _tokenizer(model, choice) as tokenizer:
-        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite)
+        whole = table or plan.table
+        report = partial(record_prune, name=output.resolve().name, table=whole, choice=choice, record=record)
+        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report)
     seconds = time.perf_counter() - start
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)

@@ -1,10 +1,12 @@
 """Hidden states of the source as a target, beside its logits (docs/research/recover.md, section 4).
 
-    loss = mean over kept layers j of  |h_j - S H_e(j)|^2 / |S H_e(j)|^2        of each sequence
+    loss = mean over kept layers j and tokens of  |h_j - S H_e(j)|^2 / |S H_e(j)|^2        of each sequence
 
 h_j: the student's residual stream after its layer j. H_e: the source's after its layer e, where e(j) is the layer just
 before the next one that the student kept (of the last: the last). So a kept layer learns what the dropped layers behind
 it did. S takes the units that the student kept, times their gates: what the student's stream holds where both agree.
+The distance is relative at each token, as the norms that read the stream are: the first token of a sequence may be a
+hundred times as long as the others (20,500 against 200 in SmolLM2-135M), and would else be all that counts.
 
 A compact model follows one fixed selection. While masks train, the selection of the step is followed.
 
@@ -103,13 +105,24 @@ def chosen(stream: Tensor, units: Units) -> Tensor:
     return part if units.gate is None else part * units.gate.detach().to(part)
 
 
-def hidden_losses(own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View]) -> Tensor:
-    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d]."""
+def hidden_losses(
+    own: Mapping[int, Tensor], theirs: Mapping[int, Tensor], views: tuple[View, View], counted: Tensor | None = None
+) -> Tensor:
+    """Loss of each sequence [B], by the formula above. own, theirs: layer -> [B, T, d].
+
+    counted: bool [B, T-1], positions whose states alone are compared; 0 for a sequence without any. None: all T.
+    """
     losses = []
     for layer, end in zip(views[0].layers, views[1].layers, strict=True):
         wide = torch.promote_types(own[layer].dtype, torch.float32)
         h, target = own[layer].to(wide), theirs[end].to(wide)
-        losses.append((h - target).square().mean((1, 2)) / target.square().mean((1, 2)))
+        energy = target.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+        apart = (h - target).square().sum(-1) / energy
+        if counted is None:
+            losses.append(apart.mean(1))
+        else:
+            kept = torch.where(counted, apart[:, :-1], 0.0)
+            losses.append(kept.sum(1) / counted.sum(1).clamp_min(1))
     return torch.stack(losses).mean(0)
 
 

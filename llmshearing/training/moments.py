@@ -22,6 +22,7 @@ from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.config import Config
 from llmshearing.families import table_for
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import Cut, gate_and_gather, renamed, resolve
 from llmshearing.fold.selection import Selection
@@ -98,7 +99,7 @@ def _shape(shape: torch.Size, cut: Cut) -> tuple[int, ...]:
 def _groups(config: PretrainedConfig, cfg: Config) -> list[tuple[dict[str, Any], list[str]]]:
     """The groups that a run of the compact model has, with the names of their parameters."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = as_stored(AutoModelForCausalLM.from_config(config))
     model.tie_weights()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = optimizer_groups(model, table_for(config), None, cfg)

@@ -25,6 +25,7 @@ from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
 from llmshearing.families.names import HEAD_DIM
 from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import config_of_shape
 from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
@@ -133,10 +134,10 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     stored = copy.deepcopy(source.stored or source.config)
     if not reads_source(cfg):
         with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
-            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+            model = as_stored(AutoModelForCausalLM.from_config(source.config, dtype=torch.float32))
         model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:
-        model = AutoModelForCausalLM.from_config(stored, dtype=torch.float32)
+        model = as_stored(AutoModelForCausalLM.from_config(stored, dtype=torch.float32))
         load_weights(model, source.checkpoint.weights)
     else:
         model = load_hf_model(cfg.model.path, torch.float32, stored)

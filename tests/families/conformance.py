@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmshearing.families import family_of
 from llmshearing.families.names import ATTENTION, BLOCK_MASKS, MLP
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import EXPERT, axes_of
 from llmshearing.fold.fold import fold, folded_config
 from llmshearing.fold.gating import attach
@@ -31,6 +32,7 @@ CLOSED_LAYER = 1
 def build(config, attention="eager", dtype=torch.float32):
     """transformers' own model of a config."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval().to(dtype)
+    as_stored(model)
     for module in model.modules():
         if dtype == torch.float64 and hasattr(module, "embed_scale"):  # the root of the hidden size, as float32
             module.embed_scale.copy_(torch.tensor(config.hidden_size, dtype=dtype).sqrt())
