@@ -85,7 +85,7 @@ def training_arguments(options: Options, folder: Path, steps: int, processes: in
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         learning_rate=options.rate,
         lr_scheduler_type=options.schedule,
-        warmup_steps=math.ceil(options.warmup * steps),
+        warmup_steps=int(options.warmup * steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         max_steps=steps,
