@@ -1,4 +1,4 @@
-"""What a finetuned directory shows of itself: `report.html`, from what the Trainer has logged."""
+"""What a finetuned directory shows of itself: `report.html`, with losses by step."""
 
 from __future__ import annotations
 
@@ -13,40 +13,45 @@ from llmshearing.report.record import Recorder
 
 log = logging.getLogger(__name__)
 
-NAMES = {"loss": "loss/train/cross_entropy", "grad_norm": "norm of the gradient", "learning_rate": "learning rate"}
-"""What the Trainer calls it -> what the record does."""
 
-
-def record_finetune(folder: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Write the record and the page of a finetuned model; what fails in that is a warning.
+def record_finetuning(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Write the record and the page; what fails in that is a warning.
 
     Args:
-        folder: where it is written. name: what it will be called. record: what is kept beside the model.
+        folder: where it is written. name: what it will be called. record: as in `finetune.json`.
     """
     try:
-        told = {
-            key: value for key, value in record.items() if key in ("source", "method", "options", "data", "seconds")
-        }
-        title = f"{record['method']} of {record['source']}"
-        recorder = Recorder(folder).start("finetune", title, about=told, history=record["history"])
-        losses = record.get("held_out_loss") or {}
-        before, after, last = losses.get("before"), losses.get("after"), record.get("steps", 0)
-        rows = [["held-out loss", before, after]] if after is not None else []
-        if "train_loss" in record:
-            rows.append(["loss in training, mean of all steps", None, record["train_loss"]])
-        if rows:
-            recorder.table("Losses, nats per answer token", ["before", "after"], rows)
-        if before is not None:
-            recorder.evaluation(0, 0, before, {"held out": before})
-        for entry in record.get("log", ()):
-            values = {ours: entry[theirs] for theirs, ours in NAMES.items() if theirs in entry}
-            if values:
-                recorder.step(entry["step"], 0, 0.0, values)
-            if HELD_OUT in entry and entry["step"]:
-                recorder.evaluation(entry["step"], 0, entry[HELD_OUT], {"held out": entry[HELD_OUT]})
-        if after is not None:
-            recorder.evaluation(last, 0, after, {"held out": after})
-        recorder.end(last)
+        recorder = Recorder(folder).start(
+            "finetune",
+            f"{record['method']}, from {record['source']}",
+            about={key: record[key] for key in ("method", "source", "options", "data") if key in record},
+            history=record["history"],
+        )
+        _tell(recorder, record)
+        recorder.end(record.get("steps", 0))
         leave(folder, name)
     except Exception:  # the model is what was asked for
         log.warning("warning: the finetuned model has no report", exc_info=True)
+
+
+def _tell(recorder: Recorder, record: Mapping[str, Any]) -> None:
+    """Losses, step by step, and before and after."""
+    if "steps" not in record:
+        recorder.note("Nothing was trained.")
+        return
+    tokens, history = record["data"]["tokens"], record["log"]
+    seconds = next((each["train_runtime"] for each in history if "train_runtime" in each), 0.0) / record["steps"]
+    last = 0
+    for each in history:
+        step, seen = each["step"], round(each.get("epoch", 0.0) * tokens)
+        if "loss" in each:
+            values = {"loss/train": each["loss"], "learning_rate": each["learning_rate"]}
+            recorder.step(step, seen, seconds * (step - last), values)
+            last = step
+        if HELD_OUT in each:
+            recorder.evaluation(step, seen, each[HELD_OUT], {"held out": each[HELD_OUT]})
+    found = record["held_out_loss"]
+    if found["after"] is None:
+        recorder.note("Loss was measured on training data alone: there was no --eval or --eval_fraction.", warning=True)
+    else:
+        recorder.table("Loss on what is held out", ["before", "after"], [["all", found["before"], found["after"]]])

@@ -16,7 +16,7 @@ from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.output import FINETUNING, SELECTION
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
-from llmshearing.finetune.recording import record_finetune
+from llmshearing.finetune.recording import record_finetuning
 from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.selection import Selection, choice_of, save_selection
 from llmshearing.fold.zeros import ZEROED, check_zeros
@@ -81,7 +81,7 @@ def write_finetuned(
         if selection is not None:
             save_selection(folder / SELECTION, choice_of(selection), {ZEROED: True})
         (folder / FINETUNING).write_text(json.dumps(dict(record), indent=1, default=str) + "\n")
-        record_finetune(folder, directory.resolve().name, record)
+        record_finetuning(folder, directory.resolve().name, record)
 
     write_model(
         Result(model, generation, dtypes), directory, record["history"], tokenizer=tokenizer, tokenizer_required=True,

@@ -30,10 +30,10 @@ from llmshearing.checkpoints.output import check_directory, history_of
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
-from llmshearing.families.names import HIDDEN, LAYERS
-from llmshearing.families.table import Table
+from llmshearing.families.names import EXPERTS, HIDDEN, LAYERS, VOCAB
+from llmshearing.families.table import EXPERT, Table
 from llmshearing.fold.selection import choice_of
-from llmshearing.fold.zeros import ZEROED
+from llmshearing.fold.zeros import WHY_NOT, ZEROED
 from llmshearing.prune.apply import Result, check_layers, folded, shortened, write, zeroed_in_place
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
@@ -175,6 +175,12 @@ def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
         raise ShearingError("zero: the model has no table that says which tensors hold the closed units")
     if pad or refit:
         raise ShearingError("zero with pad or refit: a zeroed model keeps its source's shape; finetuning fits it")
+    shape = plan.table.shape()
+    for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
+        key = plan.table.keys.get(size)
+        wanted = plan.target.shape.get(key, shape.get(key)) if key is not None else None
+        if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
+            raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
 
 def _refitted(
