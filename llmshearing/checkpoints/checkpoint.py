@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -231,7 +232,7 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
         )
     try:
         config = AutoConfig.for_model(**{"model_type": DEFAULT.name, **foreign})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
     return CheckpointInfo(plain_config(config), history=[f"read {file.name}, which does not tell how it was made"])
 
