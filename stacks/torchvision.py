@@ -1,7 +1,7 @@
 """Stands in for torchvision where it is not installed: Composer imports it when it is imported itself.
 
-Composer uses it for images alone. `make install STACK=current` copies this file into its environment where no torchvision
-can be imported, as beside a CPU build of torch from another place than torchvision's. Everything asked of it is an
+Composer uses it for images alone. `make install STACK=current` copies this file into its environment where no other
+can be imported, as beside a CPU build of torch from another place than torchvision is. All that is asked of it is an
 empty class, so that `import`, `isinstance` and names of enumerations work and nothing else does.
 """
 
@@ -25,7 +25,8 @@ class _Empty(ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Names(name, (), {"__module__": self.__name__})
+        kind = type if self.__name__.endswith("datasets") else _Names  # datasets are inherited from
+        return kind(name, (), {"__module__": self.__name__})
 
 
 for below in BELOW:

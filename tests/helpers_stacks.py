@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmshearing.cli import main
+from llmshearing.compat import EAGER_EXPERTS
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -56,7 +57,8 @@ def judge(place, name):
     found = {}
     ids = torch.randint(23, (3, 12), generator=torch.Generator().manual_seed(0))
     for folder in sorted(path.parent for path in place.glob("*/*/model.safetensors")):
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        options = {"output_loading_info": True, "dtype": torch.float32, **EAGER_EXPERTS}
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
         assert not any(report.values()), (folder, report)
         with torch.no_grad():
             found["/".join(folder.parts[-2:])] = model.eval()(input_ids=ids).logits.log_softmax(-1).numpy()

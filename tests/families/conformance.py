@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from llmshearing.compat import EAGER_EXPERTS
 from llmshearing.families import family_of
 from llmshearing.families.names import ATTENTION, BLOCK_MASKS, MLP
 from llmshearing.families.stored import as_stored
@@ -406,7 +407,7 @@ def check_gates(table):
 def load(path, dtype=torch.float32):
     """By the Auto classes, strictly."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        path, dtype=dtype, output_loading_info=True, attn_implementation="eager", **EAGER_EXPERTS
     )
     assert not any(report.values()), report
     return model.eval()
