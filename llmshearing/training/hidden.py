@@ -8,6 +8,8 @@ it did. S takes the units that the student kept, times their gates: what the stu
 The distance is relative at each token, as the norms that read the stream are: the first token of a sequence may be a
 hundred times as long as the others (20,500 against 200 in SmolLM2-135M), and would else be all that counts.
 
+With a loss mask the squares are summed over positions whose next token is an answer.
+
 A compact model follows one fixed selection. While masks train, the selection of the step is followed.
 
 Shape legend: B sequences, T tokens, D hidden units of the source, d kept ones, L layers of the source.
