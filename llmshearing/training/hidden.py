@@ -11,6 +11,8 @@ stream of the first token may be a hundred times as long as the others (20,500 a
 the energy of a sequence, that token would be all that counts. Relative to each token's own, a student that puts such a
 length elsewhere has a distance of thousands there, and that is all that its step follows.
 
+With a loss mask the squares are summed over positions whose next token is an answer.
+
 A compact model follows one fixed selection. While masks train, the selection of the step is followed.
 
 Shape legend: B sequences, T tokens, D hidden units of the source, d kept ones, L layers of the source.
