@@ -17,6 +17,7 @@ LAYERS = [
     {"fold", "data"},
     {"masks"},
     {"checkpoints"},
+    {"gguf"},
     {"megatron"},
     {"prune", "checkpoint"},
     {"training"},

@@ -24,9 +24,11 @@ TOKENIZER_FILES = (
 )
 # What the prune command keeps beside a model.
 SELECTION, REPORT = "selection.safetensors", "prune.json"
+# The certificate of an export (`checkpoints/parity.py`).
+PARITY = "parity.json"
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
-    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}"
+    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(PARITY)}"
 )
 
 
