@@ -43,6 +43,8 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
     "examples": ["gguf>=0.17"],
+    # files for llama.cpp: llmshearing convert ... out.gguf
+    "gguf": ["gguf>=0.17"],
     # Parquet files as input of llmshearing.data.prepare
     "parquet": ["pyarrow>=15"],
     # plots of llmshearing.data.mixture.target_loss
