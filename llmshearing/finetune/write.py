@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.output import FINETUNING, SELECTION
 from llmshearing.checkpoints.parity import TOLERANCE, largest_difference, scores_of, token_ids
+from llmshearing.errors import ShearingError
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
 from llmshearing.finetune.recording import record_finetuning

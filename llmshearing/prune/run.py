@@ -179,8 +179,9 @@ def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
         raise ShearingError("zero with pad or refit: a zeroed model keeps its source's shape; finetuning fits it")
     shape = plan.table.shape()
     for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
-        key = plan.table.keys.get(size)
-        wanted = plan.target.shape.get(key, shape.get(key)) if key is not None else None
+        if (key := plan.table.keys.get(size)) is None:
+            continue
+        wanted = plan.target.shape.get(key, shape.get(key))
         if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
             raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
