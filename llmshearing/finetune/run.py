@@ -81,6 +81,7 @@ class Source:
     dtypes: dict[str, torch.dtype]
     generation: GenerationConfig | None
     zeroed: Selection | None
+    use_cache: bool
 
 
 def finetune(model: Path | str, data: Sequence[Path | str], options: Options, where: Where) -> Path:
@@ -112,8 +113,9 @@ def finetune(model: Path | str, data: Sequence[Path | str], options: Options, wh
         _write(adapted, source, model, options, where, {**figures, "seconds": time.perf_counter() - start})
         shutil.rmtree(where.checkpoints, ignore_errors=True)
         log.info("wrote the finetuned model to %s", where.output)
-    if state is not None:
+    if state is not None and state.num_processes > 1:
         state.wait_for_everyone()
+        state.destroy_process_group()
     return where.output
 
 
@@ -169,9 +171,9 @@ def _load(name: Path | str) -> Source:
     model = load_hf_model(name, torch.float32, config)
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # checkpoints do without; transformers refuses to write some
-    model.config.use_cache = False
+    use_cache, model.config.use_cache = getattr(model.config, "use_cache", True), False
     selection, own_table = zeros or (None, table)
-    return Source(model, own_table, dtypes, generation, selection)
+    return Source(model, own_table, dtypes, generation, selection, use_cache)
 
 
 def _adapted(source: Source, name: Path | str, options: Options, where: Where) -> Any:
@@ -197,7 +199,7 @@ def _train(
     steps = steps_of(options, len(data.train), state.num_processes)
     begun = {**about, "steps": steps, "processes": state.num_processes}
     with state.main_process_first():
-        begin(where.checkpoints, begun, where.restart and state.is_main_process)
+        begin(where.checkpoints, begun, where.restart, state.is_main_process)
     held = []
     if source.zeroed is not None:
         held.append(KeepZeros(adapted, masks_of(adapted, source.table, source.zeroed)))
@@ -237,7 +239,7 @@ def _write(
     way = "LoRA" if adapted is not source.model else "full finetuning"
     model = adapted.merge_and_unload() if adapted is not source.model else adapted
     model.requires_grad_(False).eval()
-    model.config.use_cache = True
+    model.config.use_cache = source.use_cache
     dtypes, selection = source.dtypes, source.zeroed
     rounded(model, dtypes)
     if selection is not None and not where.keep_shape:

@@ -85,7 +85,7 @@ def training_arguments(options: Options, folder: Path, steps: int, processes: in
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         learning_rate=options.rate,
         lr_scheduler_type=options.schedule,
-        warmup_steps=math.ceil(options.warmup * steps),
+        warmup_steps=int(options.warmup * steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         max_steps=steps,
@@ -209,9 +209,14 @@ def check_same_run(folder: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def begin(folder: Path, about: Mapping[str, Any], restart: bool) -> None:
-    """The folder of a run's checkpoints, with what it was told; see :func:`check_same_run`."""
-    if restart:
+def begin(folder: Path, about: Mapping[str, Any], restart: bool, first: bool = True) -> None:
+    """The folder of a run's checkpoints, with what it was told; see :func:`check_same_run`.
+
+    Args:
+        first: whether this is the process that writes; the others compare.
+    """
+    if restart and first:
         shutil.rmtree(folder, ignore_errors=True)
     check_same_run(folder, about)
-    files.write_text(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
+    if first:
+        files.write_text(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")

@@ -37,6 +37,7 @@ def test_chats_end_to_end(place, tmp_path, caplog):
     losses = record["held_out_loss"]
     assert losses["after"] < losses["before"] / 2
     assert record["data"]["answer_tokens"] < record["data"]["tokens"] / 2
+    assert "loss/train" in (out / "run.jsonl").read_text() and "held out" in (out / "report.html").read_text()
     assert "full finetuning for 60 steps" in (out / "README.md").read_text()
     assert not (tmp_path / "out-checkpoints").exists() and "wrote the finetuned model to" in caplog.text
     model, tokenizer = (of.from_pretrained(out) for of in (AutoModelForCausalLM, AutoTokenizer))
@@ -87,7 +88,8 @@ def test_an_unfinished_run_that_was_told_otherwise_is_refused(place, tmp_path, c
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(place, tmp_path):
-    words = ["finetune", place / "source", place / "prompts.jsonl", "--max_steps", 6, "--learning_rate", 0.005]
+    # Two steps: 16 of the 18 records that are not held out. Processes share the rest of an epoch otherwise.
+    words = ["finetune", place / "source", place / "prompts.jsonl", "--max_steps", 2, "--learning_rate", 0.005]
     words += ["--device", "cpu", "--eval_fraction", 0.2]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "llmshearing"]
     command = [*two, *map(str, words), "--batch_size", "4", "--output", str(tmp_path / "two")]
@@ -95,11 +97,12 @@ def test_two_processes_give_what_one_gives(place, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(*words, "--batch_size", 8, "--output", tmp_path / "one") == 0
     one, other, source = tensors(tmp_path / "one"), tensors(tmp_path / "two"), tensors(place / "source")
-    assert max((one[name] - source[name]).abs().max().item() for name in one) > 1e-2
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
+    flat = [torch.cat([values[name].flatten() for name in sorted(one)]) for values in (one, other, source)]
+    # Adam's first steps are signs of gradients, some of which are no more than rounding.
+    assert (flat[0] - flat[1]).abs().mean() < 1e-3 * (flat[0] - flat[2]).abs().mean()
     losses = [json.loads((tmp_path / name / "finetune.json").read_text())["held_out_loss"] for name in ("one", "two")]
-    assert losses[0]["before"] == pytest.approx(losses[1]["before"], abs=1e-5)
+    for when in ("before", "after"):
+        assert losses[0][when] == pytest.approx(losses[1][when], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +135,15 @@ def test_sources_that_cannot_be(place, tmp_path, caplog):
     assert run("finetune", place / "source", unknown, *out) == 1
     assert f"{unknown}:2 is of no known form" in caplog.text
     assert not (tmp_path / "o").exists() and not (tmp_path / "o-checkpoints").exists()
+
+
+def test_the_commands_of_the_readme(place, tmp_path, monkeypatch, root):
+    pytest.importorskip("peft")
+    text = (root / "README.md").read_text().split("## Finetune\n")[1].split("```bash\n")[1].split("```")[0]
+    shutil.copytree(place / "source", tmp_path / "out" / "small")
+    shutil.copy(place / "chats.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = text.splitlines()
+    assert len(lines) == 3 and all(run(*line.split()[1:]) == 0 for line in lines)
+    config = json.loads((tmp_path / "out" / "smaller" / "config.json").read_text())
+    assert config["intermediate_size"] == 8 and (tmp_path / "out" / "chat" / "chat_template.jinja").is_file()
