@@ -178,8 +178,10 @@ def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
     shape = plan.table.shape()
     for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
         key = plan.table.keys.get(size)
-        wanted = plan.target.shape.get(key, shape.get(key)) if key is not None else None
-        if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
+        if key is None or key not in plan.target.shape:
+            continue
+        wanted = plan.target.shape[key]
+        if min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
             raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
 
