@@ -179,10 +179,11 @@ def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
         raise ShearingError("zero with pad or refit: a zeroed model keeps its source's shape; finetuning fits it")
     shape = plan.table.shape()
     for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
-        if (key := plan.table.keys.get(size)) is None:
+        key = plan.table.keys.get(size)
+        if key is None or key not in plan.target.shape:
             continue
-        wanted = plan.target.shape.get(key, shape.get(key))
-        if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
+        wanted = plan.target.shape[key]
+        if min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
             raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
 
