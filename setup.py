@@ -25,6 +25,7 @@ def read_version() -> str:
 
 CORE, TRAIN = read_requirements()
 EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "matplotlib>=3.8"]
+FINETUNE = ["peft>=0.17", "accelerate>=1.1"]
 MEGATRON = "megatron-core==0.16.1"
 TEST = [
     "pyarrow>=15",
@@ -42,12 +43,16 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
     "examples": ["gguf>=0.17"],
+    # files for llama.cpp: llmshearing convert ... out.gguf
+    "gguf": ["gguf>=0.17"],
     # Parquet files as input of llmshearing.data.prepare
     "parquet": ["pyarrow>=15"],
     # plots of llmshearing.data.mixture.target_loss
     "plot": ["matplotlib>=3.8"],
     # tasks and the plot of llmshearing evaluate; fsspec is left to pip, Composer's extras would pin old versions
     "eval": EVAL,
+    # llmshearing finetune
+    "finetune": FINETUNE,
     # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
     "megatron": [MEGATRON],
     # what the tests of the core need, on any stack
@@ -55,6 +60,7 @@ EXTRAS = {
     "dev": [
         *TEST,
         *EVAL,
+        *FINETUNE,
         MEGATRON,
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
         "moto[s3]>=5",
@@ -79,7 +85,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),
     entry_points={"console_scripts": ["llmshearing=llmshearing.cli:main"]},
-    package_data={"llmshearing": ["py.typed", "scripts/*.sh", "evaluate/tasks/*.yaml"]},
+    package_data={"llmshearing": ["py.typed", "scripts/*.sh", "evaluate/tasks/*.yaml", "report/web/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

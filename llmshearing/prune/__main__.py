@@ -123,11 +123,17 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     command.add_argument("--save_gpu_memory", action="store_true", help="have one layer at a time on the device")
     command.add_argument("--pad", action="store_true", help="fill layers of unequal sizes with zeros to the largest")
+    command.add_argument(
+        "--zero", action="store_true", help="write zeros in the source's shape, to be finetuned before it is folded"
+    )
     command.add_argument("--refit", action="store_true", help="fit what stays to what the source says, in closed form")
     command.add_argument(
         "--refit_ridge", type=float, default=0.1, help="how much a refit holds on to the cut tensors (%(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    command.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not load the result and compare it (parity.json)"
+    )
 
 
 def read_target(options: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def _check_source(options: dict[str, Any]) -> None:
     if (options["model"] is None) == (options.get("megatron") is None):
         either = " or --megatron DIR" if options["method"] in OF_SHARDS else ""
         raise ShearingError(f"give one source: --model DIR{either}")
-    ignored = ["pad", "save_gpu_memory"] if options["model"] is None else ["config", "tokenizer"]
+    ignored = ["pad", "zero", "save_gpu_memory"] if options["model"] is None else ["config", "tokenizer"]
     if given := [f"--{key}" for key in ignored if options.get(key)]:
         raise ShearingError(f"{', '.join(given)}: not for {'shards' if options['model'] is None else '--model'}")
 
@@ -192,7 +198,7 @@ def _work(options: dict[str, Any]) -> int:
     sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
     del options["method"]
     model, shards = options.pop("model"), options.pop("megatron", None)
-    others = ("pad", "save_gpu_memory") if model is None else ("prune_type", "config", "tokenizer")
+    others = ("pad", "zero", "save_gpu_memory", "check") if model is None else ("prune_type", "config", "tokenizer")
     options = {key: value for key, value in options.items() if key not in others}
     if model is None:
         if options.pop("refit", False):

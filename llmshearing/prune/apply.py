@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from llmshearing.checkpoints.checkpoint import CheckpointInfo, plain_config
 from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
-from llmshearing.checkpoints.output import REPORT, SELECTION, new_directory
+from llmshearing.checkpoints.output import PARITY, REPORT, SELECTION, new_directory
+from llmshearing.checkpoints.parity import certify, hf_parity
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES
 from llmshearing.families.layers import kept_entries
@@ -27,7 +28,8 @@ from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.padding import padded
 from llmshearing.fold.selection import save_selection
-from llmshearing.prune.layers import check_followed, check_written
+from llmshearing.fold.zeros import zeroed
+from llmshearing.prune.layers import check_followed
 from llmshearing.prune.methods import Choice
 from llmshearing.storage.dtypes import cast, main_dtype
 
@@ -61,6 +63,23 @@ def folded(
         stored = {name: cast(name, make(), kept[name]).float() for name, make in makers}
     if pad:
         stored, values = padded(stored, values)
+    return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice), kept)
+
+
+def zeroed_in_place(
+    source: PreTrainedModel, table: Table, choice: Choice, dtypes: Mapping[str, torch.dtype]
+) -> Result:
+    """The model of the source's shape that computes what the folded one does: see `llmshearing.fold.zeros`.
+
+    Raises:
+        ShearingError: the choice cuts what cannot be zeroed, or a value does not fit its dtype.
+    """
+    main = main_dtype(dtypes)
+    with torch.no_grad():
+        weights = zeroed(source.state_dict(), table, choice.selection)
+        kept = {name: dtypes.get(name, main) for name in weights}
+        stored = {name: cast(name, value, kept[name]).float() for name, value in weights.items()}
+    values = {**source.config.to_dict(), **choice.config}
     return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice), kept)
 
 
@@ -109,39 +128,73 @@ def write(
     *,
     tokenizer: Path | str,
     overwrite: bool,
+    also: Callable[[Path], None] | None = None,
+    check: bool = True,
 ) -> None:
     """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
 
+    also: writes further files into the folder under its temporary name. check: whether to load them again
+    (:mod:`llmshearing.checkpoints.parity`).
+
     Raises:
-        ShearingError: what was written is another function than the model; nothing is kept.
+        ParityError: what was written is another function than the model; it is kept under another name.
     """
 
     def extra(folder: Path) -> None:
-        check_written(folder, result.model)
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        if also is not None:
+            also(folder)
 
+    required = choice.write_tokenizer is not None
+    write_model(
+        result, directory, record["history"], tokenizer=tokenizer, tokenizer_required=required, overwrite=overwrite,
+        extra=extra, check=check,
+    )  # fmt: skip
+
+
+def write_model(
+    result: Result,
+    directory: Path,
+    history: Sequence[str],
+    *,
+    tokenizer: Path | str,
+    tokenizer_required: bool,
+    overwrite: bool,
+    extra: Callable[[Path], object],
+    check: bool = True,
+) -> None:
+    """Write a model and its tokenizer under a temporary name, then `extra` into the same folder, then rename.
+
+    Args:
+        history: how it was made, for its card. check: whether to load it again.
+
+    Raises:
+        ParityError: what was written is another function than the model; it is kept under another name.
+    """
     config = result.model.config
     if config.model_type not in FAMILIES:
-        _write_plain(result, directory, tokenizer, overwrite, extra)
+        _write_plain(result, directory, tokenizer, overwrite, extra, check)
         return
-    info = CheckpointInfo(plain_config(config), history=list(record["history"]))
+    info = CheckpointInfo(plain_config(config), history=list(history))
     write_hf_directory(
         result.model.state_dict(),
         config,
         directory,
         dtype=result.dtypes,
         tokenizer=tokenizer,
-        tokenizer_required=choice.write_tokenizer is not None,
+        tokenizer_required=tokenizer_required,
         card=model_card(info, name=directory.resolve().name),
         generation_config=result.generation,
         overwrite=overwrite,
         extra=extra,
+        check=check,
+        model=result.model,
     )
 
 
 def _write_plain(
-    result: Result, directory: Path, tokenizer: Path | str, overwrite: bool, extra: Any
+    result: Result, directory: Path, tokenizer: Path | str, overwrite: bool, extra: Any, check: bool
 ) -> None:
     """A model without a table, by transformers' own writer."""
     model, buffers = result.model, {name: value.clone() for name, value in result.model.named_buffers()}
@@ -156,3 +209,5 @@ def _write_plain(
         extra(folder)
         with contextlib.suppress(ShearingError):  # a model may have none
             copy_tokenizer(tokenizer, folder)
+        if check:
+            certify(hf_parity(folder, {}, model.config, model), folder, directory, folder / PARITY)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
-from llmshearing.checkpoints.hf_config import read_config
+from llmshearing.checkpoints.hf_config import read_config, without_dropout
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
 from llmshearing.config.shapes import FACTS
@@ -79,7 +79,7 @@ def read_source(cfg: Config) -> Source:
             "load_path or autoresume; to train the pruned model fold it first: python3 -m "
             f"llmshearing.utils.post_pruning_processing prune_and_save_model {cfg.model.path}"
         )
-    hf_config = _without_dropout(_hf_config(cfg, checkpoint))
+    hf_config = without_dropout(_hf_config(cfg, checkpoint))
     table = table_for(hf_config)
     shape = complete(table.sizes())
     problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
@@ -118,19 +118,6 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
             said = f"model.path = {cfg.model.path}: no such directory, checkpoint or model: {error}"
             raise ShearingError(said) from None
     config.return_dict = True  # outputs are asked for by name
-    return config
-
-
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The config with every dropout at 0: a resumed run could not draw the same elements again.
-
-    Keys that end in "drop" (``resid_pdrop``, ``layerdrop``) or contain "dropout".
-    """
-    drops = [key for key in config.to_dict() if key.endswith("drop") or "dropout" in key]
-    if found := {key: value for key in drops if isinstance(value := getattr(config, key), float) and value}:
-        for key in found:
-            setattr(config, key, 0.0)
-        log.info("dropout is off, as in every run: %s", ", ".join(f"{key} {was} -> 0" for key, was in found.items()))
     return config
 
 

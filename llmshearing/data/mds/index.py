@@ -6,6 +6,7 @@ from typing import Any
 
 from llmshearing.data.mds.compression import NAMES
 from llmshearing.data.mds.format import HASHES, Shard
+from llmshearing.data.mds.masks import COLUMN
 from llmshearing.errors import ShearingError
 from llmshearing.files import is_count
 
@@ -99,4 +100,6 @@ def _column_problems(names: Any, encodings: Any, sizes: Any) -> list[str]:
         said.append(f"column tokens is {kinds['tokens']!r}; known are 'ndarray:...' and 'bytes' (of ids)")
     if kinds["set"] != "str":
         said.append(f"column set is {kinds['set']!r}, not 'str'")
+    if (mask := kinds.get(COLUMN, "bytes")) != "bytes" and not mask.startswith("ndarray"):
+        said.append(f"column {COLUMN} is {mask!r}; known are 'ndarray:...' and 'bytes'")
     return said

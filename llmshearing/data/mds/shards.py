@@ -1,7 +1,8 @@
 """One MDS directory, opened for random access and checked against its index.
 
 A sample has the columns `tokens` (T ids: an `ndarray` of whole numbers, or `bytes` of ids whose width is recognised,
-see `tokens.py`) and `set` (the domain's name). T = max_seq_len. There is no shared memory.
+see `tokens.py`) and `set` (the domain's name), and may have `loss_mask` (see `masks.py`). T = max_seq_len. There is no
+shared memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from llmshearing.data.mds.files import ShardFiles
 from llmshearing.data.mds.format import Shard
 from llmshearing.data.mds.index import read_index
+from llmshearing.data.mds.masks import COLUMN, unpacked
 from llmshearing.data.mds.tokens import LARGEST_VOCABULARY, as_ids, recognise
 from llmshearing.errors import ShearingError
 
@@ -61,6 +63,11 @@ class MdsDirectory:
         return max(shard.samples for shard in self._shards)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        ids, name, _ = self.read(index)
+        return ids, name
+
+    def read(self, index: int) -> tuple[np.ndarray, str, np.ndarray | None]:
+        """Ids int64 [T], domain, and loss mask bool [T]; None: the sample has none, and every token counts."""
         sample = self._sample(index)
         tokens = self._ids(index, sample)
         if tokens.size != self.max_seq_len:
@@ -73,7 +80,12 @@ class MdsDirectory:
                 f"{self.path}: sample {index} has token id {int(tokens.max())}, the model's vocab_size is "
                 f"{self.vocab_size}; the data was prepared with another tokenizer"
             )
-        return tokens.astype(np.int64), sample["set"]
+        return tokens.astype(np.int64), sample["set"], self._mask(index, sample)
+
+    @property
+    def masked(self) -> bool:
+        """Whether any of its samples has a loss mask."""
+        return any(COLUMN in shard.column_names for shard in self._shards)
 
     @property
     def kind(self) -> str:
@@ -110,6 +122,14 @@ class MdsDirectory:
     def _ids(self, index: int, sample: dict[str, Any]) -> np.ndarray:
         try:
             return as_ids(sample["tokens"], self._width, self.vocab_size)
+        except ValueError as error:
+            raise ShearingError(f"{self.path}: sample {index}: {error}; prepare the data again") from None
+
+    def _mask(self, index: int, sample: dict[str, Any]) -> np.ndarray | None:
+        if COLUMN not in sample:
+            return None
+        try:
+            return unpacked(sample[COLUMN], self.max_seq_len)
         except ValueError as error:
             raise ShearingError(f"{self.path}: sample {index}: {error}; prepare the data again") from None
 
