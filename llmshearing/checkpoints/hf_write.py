@@ -192,17 +192,21 @@ def _wanted(
     return {name: one or tensor.dtype for name, tensor in tensors.items()}
 
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+USUAL = {
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": True, "is_decoder": False,
+    "add_cross_attention": False,
+}  # fmt: skip
+"""What a config that does not say otherwise means."""
 
 
 def _write_config(path: Path, default: PretrainedConfig) -> None:
     """The file again, in the form that transformers 4.57 and 5 both read; all but their version is then the same.
 
-    5 writes special tokens that there are none of, 4.57 does so where the family's default is another.
+    5 writes the usual values too, 4.57 does so where the family's default is another.
     """
     values = portable(json.loads(path.read_text()))
-    absent = [key for key in SPECIAL if values.get(key, 0) is None and getattr(default, key, None) is None]
-    values = {key: value for key, value in values.items() if key not in absent}
+    needless = {key for key, usual in USUAL.items() if getattr(default, key, usual) == usual}
+    values = {key: value for key, value in values.items() if key not in needless or value != USUAL[key]}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
