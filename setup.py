@@ -1,4 +1,4 @@
-"""Package metadata. Runtime requirements stand in requirements.txt; optional ones are the extras below."""
+"""Package metadata. What the core and training need stands in requirements.txt; the rest are the extras below."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 
-def read_requirements() -> list[str]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
-    return [line for line in lines if line]
+def read_requirements() -> tuple[list[str], list[str]]:
+    """Those of the core, and those of training, which follow the line `# train`."""
+    parts = (ROOT / "requirements.txt").read_text().split("\n# train:")
+    lines = [[line.partition("#")[0].strip() for line in part.splitlines()[1:]] for part in parts]
+    core, train = ([line for line in part if line] for part in lines)
+    return core, train
 
 
 def read_version() -> str:
@@ -20,9 +23,22 @@ def read_version() -> str:
     return found.group(1)
 
 
+CORE, TRAIN = read_requirements()
 EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "matplotlib>=3.8"]
+FINETUNE = ["peft>=0.17", "accelerate>=1.1"]
 MEGATRON = "megatron-core==0.16.1"
+TEST = [
+    "pyarrow>=15",
+    "matplotlib>=3.8",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "psutil>=5.9",
+    "hypothesis>=6.100",
+]
 EXTRAS = {
+    # Composer and Streaming as they pin, and what only training uses
+    "train": TRAIN,
     # FlashAttention-2 needs a CUDA compiler to install: never a hard requirement
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
@@ -35,21 +51,25 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     # tasks and the plot of llmshearing evaluate; fsspec is left to pip, Composer's extras would pin old versions
     "eval": EVAL,
+    # llmshearing finetune
+    "finetune": FINETUNE,
     # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
     "megatron": [MEGATRON],
+    # what the tests of the core need, on any stack
+    "test": TEST,
     "dev": [
+        *TEST,
         *EVAL,
+        *FINETUNE,
         MEGATRON,
-        "pyarrow>=15",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
         "moto[s3]>=5",
         "flask>=2.2",
         "flask-cors>=4",
-        "pytest>=8.2",
-        "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
-        "psutil>=5.9",
-        "hypothesis>=6.100",
+        # wheel and sdist
+        "build>=1.2",
+        "twine>=5",
+        "setuptools>=70.1",
         "ruff>=0.8",
         "mypy>=1.11",
         "types-PyYAML",
@@ -65,7 +85,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),
     entry_points={"console_scripts": ["llmshearing=llmshearing.cli:main"]},
-    package_data={"llmshearing": ["scripts/*.sh", "evaluate/tasks/*.yaml"]},
-    install_requires=read_requirements(),
+    package_data={"llmshearing": ["py.typed", "scripts/*.sh", "evaluate/tasks/*.yaml", "report/web/*"]},
+    install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -7,22 +7,22 @@ transformers is imported; it imports neither transformers nor torch itself.
 import sys
 from types import ModuleType
 
-from wrapt import when_imported
-
 from llmshearing import moved
+from llmshearing.onimport import when_imported
 
 __version__ = "0.2.0"
 moved.install()
 
 
-MODELS = "transformers.models.auto.modeling_auto"
+CONFIGS, MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
 
 
-@when_imported("transformers.models.auto.configuration_auto")
-@when_imported(MODELS)
 def _register(module: ModuleType) -> None:
     if MODELS in sys.modules and not hasattr(sys.modules[MODELS], "MODEL_MAPPING_NAMES"):
         return  # it is being imported, and configs of transformers 5 look into it: its own turn comes
     from llmshearing.families.nonuniform.config import register
 
     register()
+
+
+when_imported((CONFIGS, MODELS), _register)

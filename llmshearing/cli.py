@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from llmshearing import __version__
-from llmshearing.commands import INTERRUPTED, run, typed
+from llmshearing.commands import INTERRUPTED, lacking, run, typed
 from llmshearing.errors import ShearingError
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "convert": ("megatron.cli", "convert", "between checkpoints, Hugging Face directories and Megatron's shards"),
     "compare": ("checkpoints.cli", "test_composer_hf_eq", "compare a Hugging Face model with a checkpoint"),
     "evaluate": ("evaluate.__main__", "main", "judge models side by side: loss, tasks, cost, speed"),
+    "finetune": ("finetune.__main__", "main", "train a directory on text, prompts or chats; LoRA too"),
+    "report": ("report.__main__", "main", "draw a run's report.html again, or compare runs"),
     "pad": ("prune.pad", "main", "fill layers of unequal sizes to a plain model"),
 }
 """What the user types -> the module below the package, its function of the arguments, one line."""
@@ -43,8 +45,12 @@ On N processes (GPUs): composer -n N llmshearing/train.py in place of llmshearin
 In one shot, without training:
   llmshearing prune obs --model models/source --output out/small --ratio 0.25 --calibration data/mds
 
+Finetuned, on text or on the answers of chats:
+  llmshearing finetune out/small chats.jsonl --output out/chat --lora
+
 What it is worth:
   llmshearing evaluate out/small --source models/source --data data/mds
+  llmshearing report out/prune out/more --output comparison.html
 """
 HELP = ("-h", "--help")
 
@@ -68,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(command(words[len(name.split()) :]))
     except KeyboardInterrupt:  # while it was imported
         return INTERRUPTED
+    except ModuleNotFoundError as error:  # likewise
+        if (absent := lacking(error, f"llmshearing {name}")) is None:
+            raise
+        return run(lambda: _fail(absent))
+
+
+def _fail(error: ShearingError) -> int:
+    raise error
 
 
 def _tell(words: Sequence[str]) -> int:

@@ -55,10 +55,19 @@ def run(
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return PIPE_CLOSED
+        error = lacking(error, _typed.get() or "this command") or error
         if not isinstance(error, expected):
             raise
         log.error("error: %s", error)
         return int(getattr(error, "exit_code", 1))
+
+
+def lacking(error: Exception, what: str) -> ShearingError | None:
+    """What to install, if an import failed that the extra `train` brings; some commands do without."""
+    module = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or module not in ("composer", "streaming"):
+        return None
+    return ShearingError(f"{what} needs {module}, which is not installed: pip install 'llmshearing[train]'")
 
 
 def _reader_is_gone() -> bool:

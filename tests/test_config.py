@@ -256,6 +256,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["optimizer.name=muon", "optimizer.muon_momentum=1.0"],
         ["optimizer.muon_momentum = 1.0", "[0, 1)"],
     ),
+    "relative steps without Muon": (
+        ["optimizer.muon_relative=true"],
+        ["optimizer.muon_relative = True", "only muon reads it"],
+    ),
     "a negative rate of Muon": (["optimizer.name=muon", "optimizer.muon_lr=-1"], ["optimizer.muon_lr", "at least 0"]),
     "wrong type": (["optimizer.lr=fast"], ["optimizer.lr = fast", "a number"]),
     "wrong type in a list": (

@@ -24,6 +24,19 @@ QUANTIZED = "quantization_config"
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 
 
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with every dropout at 0: a resumed run could not draw the same elements again. Changes ``config``.
+
+    Keys that end in "drop" (``resid_pdrop``, ``layerdrop``) or contain "dropout".
+    """
+    drops = [key for key in config.to_dict() if key.endswith("drop") or "dropout" in key]
+    if found := {key: value for key in drops if isinstance(value := getattr(config, key), float) and value}:
+        for key in found:
+            setattr(config, key, 0.0)
+        log.info("dropout is off, as in every run: %s", ", ".join(f"{key} {was} -> 0" for key, was in found.items()))
+    return config
+
+
 def read_config(name: Path | str) -> PretrainedConfig:
     """The config of a directory, or of a name on the hub. No code of it is run.
 

@@ -23,6 +23,7 @@ from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.output import check_file
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import Table
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, LazyTensors, find_file, open_weights
@@ -62,7 +63,7 @@ def load_hf_model(
     _check_report(str(name), report)
     if absent := [key for key, parameter in model.named_parameters() if parameter.is_meta]:
         raise ShearingError(f"{name}: tensors and config do not belong together: there is no {', '.join(absent)}")
-    return model
+    return as_stored(model)
 
 
 def load_hf_weights(name: Path | str) -> tuple[LazyTensors, PretrainedConfig]:
@@ -129,7 +130,7 @@ def build_model(
         None, config=config, state_dict=dict(weights), dtype=wanted, output_loading_info=True
     )
     _check_report(type(model).__name__, report)
-    return model.eval()
+    return as_stored(model.eval())
 
 
 def hf_to_checkpoint(

@@ -22,11 +22,13 @@ from llmshearing.checkpoints.arguments import LABEL
 from llmshearing.checkpoints.card import model_card, tokenizer_of
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
 from llmshearing.checkpoints.generation import writable
+from llmshearing.checkpoints.hf_config import CONFIG
 from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks_local, model_class
 from llmshearing.checkpoints.output import PARITY, TOKENIZER_FILES, check_directory, new_directory
 from llmshearing.checkpoints.parity import certify, hf_parity
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.portable import portable
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
 from llmshearing.storage.dtypes import cast_lazily, main_dtype
@@ -163,6 +165,7 @@ def write_hf_directory(
         stored = {name: cast_lazily(name, value, wanted[name]) for name, value in once.items()}
         _write_shards(stored, folder, max_shard_size)
         config.save_pretrained(folder)
+        _write_config(folder / CONFIG, type(config)())
         settings.save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
         (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
@@ -187,6 +190,20 @@ def _wanted(
         return {name: dtype.get(name, tensor.dtype) for name, tensor in tensors.items()}
     one = DTYPES[dtype] if isinstance(dtype, str) else dtype
     return {name: one or tensor.dtype for name, tensor in tensors.items()}
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _write_config(path: Path, default: PretrainedConfig) -> None:
+    """The file again, in the form that transformers 4.57 and 5 both read; all but their version is then the same.
+
+    5 writes special tokens that there are none of, 4.57 does so where the family's default is another.
+    """
+    values = portable(json.loads(path.read_text()))
+    absent = [key for key in SPECIAL if values.get(key, 0) is None and getattr(default, key, None) is None]
+    values = {key: value for key, value in values.items() if key not in absent}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str) -> None:

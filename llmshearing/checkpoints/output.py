@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from llmshearing.errors import ShearingError
 from llmshearing.files import whole_folder
+from llmshearing.report.record import PAGE_FILE, RUN_FILE
 
 # Tokenizer files of transformers; they are copied as they are.
 TOKENIZER_FILES = (
@@ -24,12 +26,26 @@ TOKENIZER_FILES = (
 )
 # What the prune command keeps beside a model.
 SELECTION, REPORT = "selection.safetensors", "prune.json"
-# The certificate of an export (`checkpoints/parity.py`).
+FINETUNING = "finetune.json"
+"""What the finetune command keeps beside a model."""
 PARITY = "parity.json"
+"""The certificate of an export (`checkpoints/parity.py`)."""
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
-    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(PARITY)}"
+    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(FINETUNING)}|{re.escape(PARITY)}"
+    rf"|{re.escape(RUN_FILE)}|{re.escape(PAGE_FILE)}"
 )
+
+
+def history_of(model: Path | str) -> list[str]:
+    """How a directory's model was made, line by line; empty where nothing tells it."""
+    for name in (FINETUNING, REPORT):
+        try:
+            history = json.loads((Path(model) / name).read_text())["history"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return [str(line) for line in history] if isinstance(history, list) else []
+    return []
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -183,7 +183,7 @@ def check_auto_rate(cfg: Config) -> Iterator[str]:
 @reads("optimizer")
 def check_muon(cfg: Config) -> Iterator[str]:
     """Keys of one optimizer are not given to another."""
-    for key in ("muon_lr", "muon_momentum"):
+    for key in ("muon_lr", "muon_momentum", "muon_relative"):
         value = getattr(cfg.optimizer, key)
         if value != getattr(Optimizer, key) and cfg.optimizer.name != MUON:
             yield f"optimizer.{key} = {value} with optimizer.name = {cfg.optimizer.name}: only {MUON} reads it"

@@ -254,6 +254,8 @@ class Optimizer:
     """Peak learning rate of the matrices inside layers, on AdamW's scale; null: lr. Only with muon."""
     muon_momentum: float = checked(0.95, parse_momentum)
     """Decay rate of their momentum (Nesterov's). Only with muon."""
+    muon_relative: bool = False
+    """Their steps are relative: a rate of 0.01 moves a matrix by 1 % of its own size. Only with muon."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"parse": parse_betas})
     """Decay rates of the two moments."""
     eps: float = number(1e-8, low=0, above=True)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from llmshearing.commands import parser, run
 from llmshearing.data.mds.index import INDEX
 from llmshearing.data.mds.shards import MdsDirectory
@@ -16,6 +18,8 @@ from llmshearing.errors import ShearingError
 
 def inspect(root: Path, samples: int = 0, decode: Callable[[list[int]], str] | None = None) -> str:
     """A table of every MDS directory below `root`, and the first `samples` sequences of each, decoded.
+
+    Where there is a loss mask the table has the share of answers, and a sequence shows them in double brackets.
 
     Raises ShearingError where there is none, or one that cannot be read.
     """
@@ -27,11 +31,29 @@ def inspect(root: Path, samples: int = 0, decode: Callable[[list[int]], str] | N
         name = str(path.relative_to(root))
         data = MdsDirectory(path, None, None)
         size = data.size / 1e6
-        lines.append(f"{name:<32}{len(data):>12,}{data.max_seq_len:>8}{data.shards:>8}{size:>10.2f}  {data.kind}")
+        kind = f"{data.kind}, {_share(data):.1%} answers" if data.masked else data.kind
+        lines.append(f"{name:<32}{len(data):>12,}{data.max_seq_len:>8}{data.shards:>8}{size:>10.2f}  {kind}")
         for i in range(min(samples, len(data))):
-            ids, domain = data[i]
-            lines.append(f"  [{domain} {i}] {_shown(ids.tolist(), decode, path)}")
+            ids, domain, mask = data.read(i)
+            runs = [(True, ids.tolist())] if mask is None else _runs(ids, mask)
+            parts = [(answer, _shown(run, decode, path)) for answer, run in runs]
+            said = [f"[[{text}]]" if answer and mask is not None else text for answer, text in parts]
+            lines.append(f"  [{domain} {i}] {''.join(said)}")
     return "\n".join(lines)
+
+
+def _share(data: MdsDirectory) -> float:
+    """Of all tokens, those that count in the loss (reads every sample once)."""
+    masks = (data.read(index)[2] for index in range(len(data)))
+    counted = sum(data.max_seq_len - 1 if mask is None else int(mask[1:].sum()) for mask in masks)
+    return counted / (len(data) * data.max_seq_len)
+
+
+def _runs(ids: np.ndarray, mask: np.ndarray) -> list[tuple[bool, list[int]]]:
+    """Answers, and what is none, in turn."""
+    borders = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    parts = zip(np.split(mask, borders), np.split(ids, borders), strict=True)
+    return [(bool(marks[0]), run.tolist()) for marks, run in parts]
 
 
 def _shown(ids: list[int], decode: Callable[[list[int]], str] | None, where: Path) -> str:

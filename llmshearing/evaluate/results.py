@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmshearing.errors import ShearingError
-from llmshearing.evaluate.plot import plot
+from llmshearing.evaluate.plot import cost, plot, quality
 from llmshearing.files import whole, write_text
+from llmshearing.report.page import leave
+from llmshearing.report.record import PAGE_FILE, Recorder
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +49,16 @@ def _domains(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from model["loss"]["domains"].items()
 
 
+def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Names of all measures, and of each a cell for every model."""
+    columns = [{name: (value, stderr) for name, value, stderr in measures(model)} for model in result["models"]]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return names, [[_cell(*column.get(name, (None, None))) for column in columns] for name in names]
+
+
 def table(result: dict[str, Any]) -> str:
     """Models side by side, a measure a line; standard errors behind ±."""
-    models = result["models"]
-    columns = [{name: (value, stderr) for name, value, stderr in measures(model)} for model in models]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    cells = [[_cell(*column.get(name, (None, None))) for column in columns] for name in names]
+    models, (names, cells) = result["models"], rows(result)
     widths = [max(len(model["name"]), *(len(row[at]) for row in cells)) for at, model in enumerate(models)]
     first = max(map(len, names))
     lines = [" " * first + "".join(f"  {model['name']:>{width}}" for model, width in zip(models, widths, strict=True))]
@@ -109,7 +115,36 @@ def write_results(result: dict[str, Any], folder: Path) -> None:
         drawn = False
         log.warning("warning: no %s: %s", PLOT_FILE, error)
     write_text(folder / JSON_FILE, json.dumps(result, indent=2) + "\n")
-    log.info("wrote %s to %s", ", ".join([JSON_FILE, CSV_FILE, *([PLOT_FILE] if drawn else [])]), folder)
+    write_report(result, folder)
+    log.info("wrote %s to %s", ", ".join([JSON_FILE, CSV_FILE, *([PLOT_FILE] if drawn else []), PAGE_FILE]), folder)
+
+
+def write_report(result: dict[str, Any], folder: Path) -> None:
+    """Leave the record and `report.html`, the table and the plot as a page."""
+    models = result["models"]
+    recorder = Recorder(folder).start(
+        "evaluate",
+        f"{len(models)} models side by side",
+        about={"compared with": result["source"], "dtype": result["dtype"], "device": result["device"]}
+        | {model["name"]: f"{model['path']}, {model['kind']}" for model in models},
+    )
+    lines = [[name, *row] for name, row in zip(*rows(result), strict=True)]
+    recorder.table("Results", [model["name"] for model in models], lines)
+    for y in dict.fromkeys(name for model in models for name in quality(model)):
+        for x in dict.fromkeys(name for model in models for name in cost(model)):
+            recorder.points(x, y, [point for model in models for point in _points(model, x, y)])
+    for said in _notes(result):
+        recorder.note(said, warning=any(said in model["remarks"] for model in models))
+    recorder.end()
+    leave(folder)
+
+
+def _points(model: dict[str, Any], x: str, y: str) -> Iterator[dict[str, Any]]:
+    """The model's place in a plot, if it has one."""
+    if y in quality(model) and x in cost(model):
+        value, stderr = quality(model)[y]
+        found = {"name": model["name"], "x": cost(model)[x], "y": value, "error": stderr}
+        yield {**found, "marked": model["is_source"]}
 
 
 def read_results(path: Path | str) -> dict[str, Any]:

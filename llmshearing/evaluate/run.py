@@ -11,17 +11,14 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmshearing import __version__
 from llmshearing.checkpoints.hf_read import DTYPES
 from llmshearing.errors import ShearingError
-from llmshearing.evaluate.flops import close, counted_flops
 from llmshearing.evaluate.lm_eval_tasks import TaskSpec, need, read_tasks, run_tasks
 from llmshearing.evaluate.perplexity import WIDEST, LossOptions, measure_losses
 from llmshearing.evaluate.remarks import remarks
@@ -30,13 +27,14 @@ from llmshearing.evaluate.speed import SpeedOptions, measure_speed
 from llmshearing.evaluate.subjects import Subject, short_names, subjects_of
 from llmshearing.evaluate.texts import Data, TokenDomains, open_data
 from llmshearing.families.cost import cost_of
+from llmshearing.prune.flops import close, counted_flops
+from llmshearing.report.record import versions
 
 log = logging.getLogger(__name__)
 
 FORMAT = "llmshearing-evaluation-1"
 CHECKED = 16
 """Tokens of the sequence that the closed form is compared with torch's counter on."""
-VERSIONS = ("torch", "transformers", "lm_eval", "datasets")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def evaluate(
         "source": source["name"] if source else None,
         "dtype": options.dtype,
         "device": _device(options.device),
-        "versions": {"llmshearing": __version__, **_versions()},
+        "versions": versions(),
         "models": found,
     }
     if output is not None:
@@ -201,13 +199,3 @@ def _device(name: str) -> str:
     if kind.type == "cuda":
         return torch.cuda.get_device_name(kind)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -6,7 +6,7 @@ A family is one file beside this one, with a FAMILY in it, and a line in the reg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmshearing.families.names import EXPERTS, GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
@@ -95,6 +95,14 @@ class Family:
 
     mlp_factor: int | None = None
     """Intermediate units for each hidden unit, where a config does not say their number."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Path of a module in checkpoints -> its path in transformers 5, where that differs (`families.stored`)."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Key that transformers 5 writes to configs -> the key that both versions read (`families.portable`)."""
+    rope: Mapping[str, str] = field(default_factory=dict)
+    """Rotary parameter -> its key in configs of 4.57, where that is another; empty: it has none."""
+    projections: tuple[str, str, str] | None = None
+    """Names of an expert's gate, up and down projection."""
 
     def sizes(self, config: Any) -> dict[str, int | None]:
         """See :func:`sizes_of`."""

@@ -30,6 +30,7 @@ from llmshearing.families.table import (
 
 NORM = rms_norm("mixtral.modeling_mixtral.MixtralRMSNorm")
 MOE = LAYER + "block_sparse_moe"
+PROJECTIONS = ("w1", "w3", "w2")
 MIXTRAL_KEYS = KEYS | {EXPERTS: "num_local_experts"}
 
 
@@ -42,7 +43,7 @@ def mixtral_table(config: Any, head_mode: str = "group") -> Table:
         *attention(config),
         stream_norm("post_attention_layernorm", NORM, MLP),
         linear(MOE + ".gate.weight", EXPERT, "hidden", block=MLP),
-        *of_experts(number, expert_rows(MOE + ".experts.{expert}.", ("w1", "w3", "w2"))),
+        *of_experts(number, expert_rows(MOE + ".experts.{expert}.", PROJECTIONS)),
     ]
     table = decoder_table("mixtral", config, rows, head_mode, MIXTRAL_KEYS, attributes=(QUERY_GROUPS,))
     return with_experts(table, config, MIXTRAL_KEYS, Experts(MOE))
@@ -75,4 +76,11 @@ def with_experts(table: Table, config: Any, keys: Mapping[str, str], experts: Ex
     )
 
 
-FAMILY = Family("mixtral", mixtral_table, MIXTRAL_KEYS)
+FAMILY = Family(
+    "mixtral",
+    mixtral_table,
+    MIXTRAL_KEYS,
+    renamed={MOE: LAYER + "mlp"},
+    projections=PROJECTIONS,
+    rope={"rope_scaling": ""},
+)

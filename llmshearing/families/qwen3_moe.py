@@ -21,6 +21,8 @@ from llmshearing.families.table import EXPERT, Axis, Experts, Table, TensorSpec,
 NORM = rms_norm("qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm")
 MLP_PATH = LAYER + "mlp"
 QWEN3_MOE_KEYS = KEYS | {EXPERTS: "num_experts", INTERMEDIATE: "moe_intermediate_size"}
+ALIASES = {"num_local_experts": "num_experts"}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DENSE_LAYERS, STEP, DENSE_WIDTH = "mlp_only_layers", "decoder_sparse_step", "intermediate_size"
 
 
@@ -46,7 +48,7 @@ def qwen3_moe_table(config: Any, head_mode: str = "group") -> Table:
     sparse = tuple(layer for layer in range(read(config, KEYS[LAYERS])) if layer not in dense)
     if not number or not sparse:
         raise ShearingError("the qwen3_moe family's table needs a layer with experts: this model has none")
-    experts = expert_rows(MLP_PATH + ".experts.{expert}.", ("gate_proj", "up_proj", "down_proj"), layers=sparse)
+    experts = expert_rows(MLP_PATH + ".experts.{expert}.", PROJECTIONS, layers=sparse)
     rows = [
         *outside(config, NORM),
         stream_norm("input_layernorm", NORM, ATTENTION),
@@ -71,4 +73,4 @@ def _dense_rows(layers: tuple[int, ...]) -> list[TensorSpec]:
     ]
 
 
-FAMILY = Family("qwen3_moe", qwen3_moe_table, QWEN3_MOE_KEYS, follow=follow)
+FAMILY = Family("qwen3_moe", qwen3_moe_table, QWEN3_MOE_KEYS, follow=follow, projections=PROJECTIONS, aliases=ALIASES)

@@ -37,7 +37,7 @@ CONFIGS_DIVIDE = ("llama", "gemma2", "gemma3_text", "gpt_neox")
 """Families whose configs of transformers 5.24 refuse hidden units that are no multiple of heads."""
 CTRANSLATE2 = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt")
 """Families that ctranslate2 4.8 has a converter for."""
-CTRANSLATE2_APART = ("qwen3", "gemma2", "gemma3_text")
+CTRANSLATE2_APART = ("mistral", "qwen3", "gemma2", "gemma3_text")
 """Those of them whose width of heads it reads apart from hidden / heads."""
 
 Rule = Callable[[Any, Table], Iterator[str]]

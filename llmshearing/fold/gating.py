@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmshearing.errors import ShearingError
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import Attribute, Module, Table, TensorSpec
 from llmshearing.fold.fold import Cut, gate_and_gather, gather_columns, kept_experts, length, resolve
 from llmshearing.fold.norm import layer_norm, rms_norm
@@ -263,6 +264,7 @@ def attach(model: nn.Module, table: Table) -> Gating:
     """
     if any(isinstance(module, _Gated) for module in model.modules()):
         raise ShearingError("the model is gated already: use the Gating that attach returned the first time")
+    as_stored(model)
     table.check({name: tuple(value.shape) for name, value in model.state_dict().items()})
     modules = dict(model.named_modules())
     if problems := list(_foreign(modules, table)):

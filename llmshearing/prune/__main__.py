@@ -125,6 +125,9 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     command.add_argument("--save_gpu_memory", action="store_true", help="have one layer at a time on the device")
     command.add_argument("--pad", action="store_true", help="fill layers of unequal sizes with zeros to the largest")
+    command.add_argument(
+        "--zero", action="store_true", help="write zeros in the source's shape, to be finetuned before it is folded"
+    )
     command.add_argument("--refit", action="store_true", help="fit what stays to what the source says, in closed form")
     command.add_argument(
         "--refit_ridge", type=float, default=0.1, help="how much a refit holds on to the cut tensors (%(default)s)"
@@ -180,7 +183,7 @@ def _check_source(options: dict[str, Any]) -> None:
     if (options["model"] is None) == (options.get("megatron") is None):
         either = " or --megatron DIR" if options["method"] in OF_SHARDS else ""
         raise ShearingError(f"give one source: --model DIR{either}")
-    ignored = ["pad", "save_gpu_memory"] if options["model"] is None else ["config", "tokenizer"]
+    ignored = ["pad", "zero", "save_gpu_memory"] if options["model"] is None else ["config", "tokenizer"]
     if given := [f"--{key}" for key in ignored if options.get(key)]:
         raise ShearingError(f"{', '.join(given)}: not for {'shards' if options['model'] is None else '--model'}")
 
@@ -205,7 +208,7 @@ def _work(options: dict[str, Any]) -> int:
     dry_run, readers = options.pop("dry_run"), options.pop("readers")
     if (dry_run or readers) and model is None:
         raise ShearingError("--dry-run and --readers: not for shards; say --model")
-    others = ("pad", "save_gpu_memory", "check") if model is None else ("prune_type", "config", "tokenizer")
+    others = ("pad", "zero", "save_gpu_memory", "check") if model is None else ("prune_type", "config", "tokenizer")
     options = {key: value for key, value in options.items() if key not in others}
     if model is None:
         if options.pop("refit", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llmshearing.families.table import Table
 from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.padding import padded
 from llmshearing.fold.selection import save_selection
+from llmshearing.fold.zeros import zeroed
 from llmshearing.prune.layers import check_followed
 from llmshearing.prune.methods import Choice
 from llmshearing.storage.dtypes import cast, main_dtype
@@ -62,6 +63,23 @@ def folded(
         stored = {name: cast(name, make(), kept[name]).float() for name, make in makers}
     if pad:
         stored, values = padded(stored, values)
+    return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice), kept)
+
+
+def zeroed_in_place(
+    source: PreTrainedModel, table: Table, choice: Choice, dtypes: Mapping[str, torch.dtype]
+) -> Result:
+    """The model of the source's shape that computes what the folded one does: see `llmshearing.fold.zeros`.
+
+    Raises:
+        ShearingError: the choice cuts what cannot be zeroed, or a value does not fit its dtype.
+    """
+    main = main_dtype(dtypes)
+    with torch.no_grad():
+        weights = zeroed(source.state_dict(), table, choice.selection)
+        kept = {name: dtypes.get(name, main) for name in weights}
+        stored = {name: cast(name, value, kept[name]).float() for name, value in weights.items()}
+    values = {**source.config.to_dict(), **choice.config}
     return Result(build_model(stored, config_of(values), torch.float32), _generation(source, choice), kept)
 
 
@@ -110,11 +128,13 @@ def write(
     *,
     tokenizer: Path | str,
     overwrite: bool,
+    also: Callable[[Path], None] | None = None,
     check: bool = True,
 ) -> None:
     """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
 
-    check: whether to load them again (:mod:`llmshearing.checkpoints.parity`).
+    also: writes further files into the folder under its temporary name. check: whether to load them again
+    (:mod:`llmshearing.checkpoints.parity`).
 
     Raises:
         ParityError: what was written is another function than the model; it is kept under another name.
@@ -123,19 +143,47 @@ def write(
     def extra(folder: Path) -> None:
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        if also is not None:
+            also(folder)
 
+    required = choice.write_tokenizer is not None
+    write_model(
+        result, directory, record["history"], tokenizer=tokenizer, tokenizer_required=required, overwrite=overwrite,
+        extra=extra, check=check,
+    )  # fmt: skip
+
+
+def write_model(
+    result: Result,
+    directory: Path,
+    history: Sequence[str],
+    *,
+    tokenizer: Path | str,
+    tokenizer_required: bool,
+    overwrite: bool,
+    extra: Callable[[Path], object],
+    check: bool = True,
+) -> None:
+    """Write a model and its tokenizer under a temporary name, then `extra` into the same folder, then rename.
+
+    Args:
+        history: how it was made, for its card. check: whether to load it again.
+
+    Raises:
+        ParityError: what was written is another function than the model; it is kept under another name.
+    """
     config = result.model.config
     if config.model_type not in FAMILIES:
         _write_plain(result, directory, tokenizer, overwrite, extra, check)
         return
-    info = CheckpointInfo(plain_config(config), history=list(record["history"]))
+    info = CheckpointInfo(plain_config(config), history=list(history))
     write_hf_directory(
         result.model.state_dict(),
         config,
         directory,
         dtype=result.dtypes,
         tokenizer=tokenizer,
-        tokenizer_required=choice.write_tokenizer is not None,
+        tokenizer_required=tokenizer_required,
         card=model_card(info, name=directory.resolve().name),
         generation_config=result.generation,
         overwrite=overwrite,

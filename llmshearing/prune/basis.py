@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from llmshearing.families.table import Table
 from llmshearing.fold.turn import stream_norms
 from llmshearing.progress import tqdm
-from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.calibration import IGNORED, Calibration
 from llmshearing.prune.energy import normed_rows
 from llmshearing.prune.method import frozen
 
@@ -50,11 +50,14 @@ def norm_statistics(model: PreTrainedModel, table: Table, calibration: Calibrati
     names = [name for name, spec, _ in table.instances() if spec in stream_norms(table)]
     found = {name: NormStatistics(torch.zeros(size, size), torch.zeros(size, size)) for name in names}
     with frozen(model), _recorded(model, found):
-        for batch in tqdm([*calibration.batches()], desc="states and gradients at norms", unit="batch"):
-            ids = batch.to(model.device)
+        for batch, labels in tqdm([*calibration.labelled()], desc="states and gradients at norms", unit="batch"):
+            ids, wanted = batch.to(model.device), labels[:, 1:].to(model.device)
             with torch.enable_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+                losses = F.cross_entropy(
+                    logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                losses.backward()
     return found
 
 

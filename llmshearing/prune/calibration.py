@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 REPORT_FRACTION = 0.3  # of the documents, where one source serves both parts
 DEFAULT_LENGTH = 512
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Calibration:
     """Token ids of the source's vocabulary, packed and without padding.
 
     Methods read ``select`` only. ``report`` is what perplexity before and after is measured on; no document is in both.
+    A loss mask says which tokens' losses count; activations are those of all tokens.
     """
 
     select: Tensor
@@ -49,15 +51,33 @@ class Calibration:
     """Where ``select`` is from, for messages and the report."""
     report_name: str
     batch_size: int = 8
+    select_mask: Tensor | None = None
+    """bool [N, T], whose losses count; None: all."""
+    report_mask: Tensor | None = None
+    """bool [M, T]."""
 
     def __post_init__(self) -> None:
         for name, ids in ((self.select_name, self.select), (self.report_name, self.report)):
             if ids.dim() != 2 or not ids.numel():
                 raise ShearingError(f"calibration {name} is shorter than one sequence; give more text or a shorter one")
+        for name, mask in ((self.select_name, self.select_mask), (self.report_name, self.report_mask)):
+            if mask is not None and not mask[:, 1:].any():
+                raise ShearingError(f"calibration {name}: its loss mask marks no token; give more sequences")
 
     def batches(self, part: str = "select") -> Iterator[Tensor]:
         """Batches int64 [at most batch_size, T] of a part."""
         yield from (self.select if part == "select" else self.report).split(self.batch_size)
+
+    def labelled(self, part: str = "select") -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of a part, and their labels: the same ids, but IGNORED where the loss does not count."""
+        mask = self.select_mask if part == "select" else self.report_mask
+        ids = self.select if part == "select" else self.report
+        yield from zip(ids.split(self.batch_size), labels_of(ids, mask).split(self.batch_size), strict=True)
+
+
+def labels_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The ids [N, T], IGNORED where the mask is false; None: as they are."""
+    return ids if mask is None else ids.where(mask, IGNORED)
 
 
 @dataclass(frozen=True)
@@ -116,12 +136,14 @@ def _from_mds(path: Path, vocab_size: int, options: SequenceOptions) -> Calibrat
         raise ShearingError(f"split {options.select_split!r} cannot both choose and report; name two splits")
     splits = (options.select_split, options.report_split)
     counts = (options.samples, options.report_samples)
-    length, parts = options.max_seq_len, []
+    length = options.max_seq_len
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for split, number in zip(splits, counts, strict=True):
         parts.append(_spread(_directories(path, split), length, vocab_size, number))
-        length = parts[-1].shape[1]
+        length = parts[-1][0].shape[1]
     names = [f"{split} of {path}" for split in splits]
-    return Calibration(parts[0], parts[1], names[0], names[1], options.batch_size)
+    (select, select_mask), (report, report_mask) = parts
+    return Calibration(select, report, names[0], names[1], options.batch_size, select_mask, report_mask)
 
 
 def _directories(path: Path, split: str) -> list[Path]:
@@ -140,7 +162,9 @@ def _directories(path: Path, split: str) -> list[Path]:
     return found
 
 
-def _spread(directories: list[Path], length: int | None, vocab_size: int, number: int) -> Tensor:
+def _spread(
+    directories: list[Path], length: int | None, vocab_size: int, number: int
+) -> tuple[Tensor, Tensor | None]:
     """``number`` sequences (or all there are), evenly over directories and within each; without a length the data's."""
     from llmshearing.data.mds.shards import MdsDirectory  # brings Streaming, which methods and text do without
 
@@ -151,14 +175,22 @@ def _spread(directories: list[Path], length: int | None, vocab_size: int, number
     return spread(opened, number)
 
 
-def spread(opened: Sequence[MdsDirectory], number: int) -> Tensor:
-    """``number`` sequences (or all there are), evenly over directories and within each. int64 [N, T]."""
-    rows = []
+def spread(opened: Sequence[MdsDirectory], number: int) -> tuple[Tensor, Tensor | None]:
+    """``number`` sequences (or all there are), evenly over directories and within each.
+
+    int64 [N, T], and their loss mask, bool [N, T]; None: none of the directories has one.
+    """
+    rows, masks = [], []
     for at, directory in enumerate(opened):
         share = number // len(opened) + (at < number % len(opened))
         places = np.unique(np.linspace(0, len(directory) - 1, min(share, len(directory))).round().astype(int))
-        rows += [torch.from_numpy(directory[int(place)][0]) for place in places]
-    return torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
+        for place in places:
+            ids, _, mask = directory.read(int(place))
+            rows.append(torch.from_numpy(ids))
+            masks.append(torch.ones(len(ids), dtype=torch.bool) if mask is None else torch.from_numpy(mask))
+    if not rows:
+        return torch.empty(0, 0, dtype=torch.int64), None
+    return torch.stack(rows), torch.stack(masks) if any(directory.masked for directory in opened) else None
 
 
 def _from_text(path: Path, tokenizer: Path | str, length: int, options: SequenceOptions) -> Calibration:

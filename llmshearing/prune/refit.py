@@ -8,6 +8,9 @@
     output head                                                       W_head B, B: the source's last normed stream from
                                                                       the model's
 
+A token of the stream counts by its relative error, as the norms that read the stream see it: where one is a hundred
+times as long as the others (the first of a sequence, often), it would else be all that counts.
+
 X is what the tensor reads in the cut model, whose earlier tensors are refitted by then. The MLP of a layer is asked for
 the source's stream just before the next kept layer: it takes over the layers that are gone, and all earlier errors.
 Biases, norms, embeddings and a head that is the embedding stay. Nothing is trained. The sequences that choose serve
@@ -36,8 +39,8 @@ from llmshearing.fold.fold import Cut, Part, part_of, renamed, resolve
 from llmshearing.fold.selection import Selection
 from llmshearing.fold.turn import HIDDEN
 from llmshearing.progress import tqdm
-from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.methods.decoder import batch_loss, first
+from llmshearing.prune.calibration import Calibration, labels_of
+from llmshearing.prune.methods.decoder import batch_loss, first, weight
 from llmshearing.prune.methods.obs.layers import Running, hidden_states
 
 log = logging.getLogger(__name__)
@@ -85,8 +88,11 @@ def refit(
         raise ShearingError(f"refit_ridge = {ridge}: a number above 0 is needed, such as 0.1")
     rows = torch.arange(len(calibration.select))  # by domain
     judges = rows % HELD_OUT == min(HELD_OUT, len(rows)) - 1
-    judge = calibration.select[judges].split(calibration.batch_size)
-    data = replace(calibration, select=calibration.select[~judges])
+    ids, mask = calibration.select, calibration.select_mask
+    judge = _labelled(calibration, judges)
+    if not any(weight(labels) for _, labels in judge):
+        raise ShearingError(f"{calibration.select_name}: no token of the held out sequences counts; give more of them")
+    data = replace(calibration, select=ids[~judges], select_mask=None if mask is None else mask[~judges])
     before = {name: value.clone() for name, value in compact.state_dict().items()}
     losses = [_loss(compact, judge)]
     _Refitting(source, compact, table, selection, data, ridge).run()
@@ -114,8 +120,15 @@ def check_refittable(table: Table) -> None:
         )
 
 
-def _loss(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
-    return sum(batch_loss(model, batch) * len(batch) for batch in batches) / sum(len(batch) for batch in batches)
+def _labelled(calibration: Calibration, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Batches of some rows with their labels."""
+    ids, labels = calibration.select[rows], labels_of(calibration.select, calibration.select_mask)[rows]
+    return [*zip(ids.split(calibration.batch_size), labels.split(calibration.batch_size), strict=True)]
+
+
+def _loss(model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    total = sum(batch_loss(model, batch, labels) * weight(labels) for batch, labels in batches)
+    return total / sum(weight(labels) for _, labels in batches)
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,8 @@ class _Refitting:
             stream, (read, said) = _tokens(seen[norm.own][0]), seen[row.own]
             says = stream + _tokens(said)
             self._check(says, _tokens(seen[after.own][0] if after else seen[None][1]))
-            fit.add(read, _part(_tokens(wanted).to(stream), self.units) - says)
+            aim = _part(_tokens(wanted).to(stream), self.units)
+            fit.add(read, aim - says, aim.norm(dim=-1, keepdim=True))
         fit.solve(self.ridge)
 
     def _check(self, assumed: Tensor, found: Tensor) -> None:
@@ -277,9 +291,12 @@ class _Fit:
         self.square: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
 
-    def add(self, read: Tensor, residual: Tensor) -> None:
-        """read: [..., n]; residual: [..., m], what is wanted less what is said."""
+    def add(self, read: Tensor, residual: Tensor, length: Tensor | None = None) -> None:
+        """read: [..., n]; residual: [..., m], what is wanted less what is said; length: [N, 1], of what is wanted."""
         x, r = _tokens(read).float(), _tokens(residual).float()
+        if length is not None:
+            length = length.float().clamp_min(torch.finfo(torch.float32).tiny)
+            x, r = x / length, r / length
         self.square = self.square + (x.T @ x).to("cpu", torch.float64)
         self.cross = self.cross + (r.T @ x).to("cpu", torch.float64)
 

@@ -7,17 +7,17 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmshearing.errors import ShearingError
 from llmshearing.progress import tqdm
-from llmshearing.prune.calibration import Calibration
-from llmshearing.prune.methods.decoder import batch_loss
+from llmshearing.prune.calibration import IGNORED, Calibration
+from llmshearing.prune.flops import counted_flops
+from llmshearing.prune.methods.decoder import batch_loss, weight
 
 CONTEXT = 128  # tokens of the sequence that FLOPs are told for
 SHORT = (2, 4)  # tokens of the sequences that they are counted on
@@ -54,21 +54,8 @@ def flops_per_token(model: PreTrainedModel) -> float:
 
     A token's FLOPs are a constant and attention, which grows with the length: two short sequences tell both.
     """
-    short, longer = (_flops(model, length) / length for length in SHORT)
+    short, longer = (counted_flops(model, length) / length for length in SHORT)
     return short + (longer - short) / (SHORT[1] - SHORT[0]) * (CONTEXT - SHORT[0])
-
-
-@torch.no_grad()
-def _flops(model: PreTrainedModel, length: int) -> int:
-    """Of a forward pass, counted by torch as they happen."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        try:
-            model(input_ids=ids, use_cache=False)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
-            # A value of the config, such as a number written as text, that only the first pass looks at.
-            raise ShearingError(f"the model cannot run: {type(error).__name__}: {error}; see its config") from error
-    return counter.get_total_flops()
 
 
 def perplexity_of(
@@ -79,13 +66,26 @@ def perplexity_of(
     reencode: ids of the source's tokenizer -> the model's, where it has another; lengths then differ, and a loss still
     counts for the source's tokens, so that perplexities before and after can be compared.
     """
-    batches = [*calibration.batches("report")]
+    batches = [*calibration.labelled("report")]
+    counted = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches)
     if reencode is not None:
-        batches = [torch.tensor([reencode(row.tolist())]) for batch in batches for row in batch]
+        batches = [_reencoded(*row, reencode) for batch in batches for row in zip(*batch, strict=True)]
     total = 0.0  # nats
-    for batch in tqdm(batches, desc="perplexity", unit="batch"):
-        total += batch_loss(model, batch) * batch.shape[0] * (batch.shape[1] - 1)
-    return math.exp(total / (len(calibration.report) * (calibration.report.shape[1] - 1)))
+    for batch, labels in tqdm(batches, desc="perplexity", unit="batch"):
+        total += batch_loss(model, batch, labels) * weight(labels) * (batch.shape[1] - 1)
+    return math.exp(total / counted)
+
+
+def _reencoded(ids: Tensor, labels: Tensor, reencode: Callable[[list[int]], list[int]]) -> tuple[Tensor, Tensor]:
+    """A batch of one sequence and its labels in the other tokenizer: what counts and what does not, each by itself."""
+    tokens: list[int] = []
+    wanted: list[int] = []
+    pairs = zip(ids.tolist(), (labels != IGNORED).tolist(), strict=True)
+    for counts, run in groupby(pairs, key=lambda pair: pair[1]):
+        made = reencode([token for token, _ in run])
+        tokens += made
+        wanted += made if counts else [IGNORED] * len(made)
+    return torch.tensor([tokens]), torch.tensor([wanted])
 
 
 def peak_memory() -> int:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import as_loaded, load_hf_model, looks_local
-from llmshearing.checkpoints.output import REPORT, check_directory
+from llmshearing.checkpoints.output import check_directory, history_of
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
-from llmshearing.families.names import HIDDEN, LAYERS
-from llmshearing.families.table import Table
-from llmshearing.prune.apply import Result, check_layers, folded, shortened, write
+from llmshearing.families.names import EXPERTS, HIDDEN, LAYERS, VOCAB
+from llmshearing.families.table import EXPERT, Table
+from llmshearing.fold.selection import choice_of
+from llmshearing.fold.zeros import WHY_NOT, ZEROED
+from llmshearing.prune.apply import Result, check_layers, folded, shortened, write, zeroed_in_place
 from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
+from llmshearing.prune.recording import record_prune
 from llmshearing.prune.refit import check_refittable
 from llmshearing.prune.refit import refit as refit_model
 from llmshearing.prune.report import Measures, as_plain, measure, peak_memory, table_of
@@ -48,7 +52,7 @@ log = logging.getLogger(__name__)
 # Quark's names: they may stand in a target file, as they do in its config.json.
 QUARK_NUMBER = "delete_layer_num"
 SHARED = (
-    "output", "calibration", "device", "save_gpu_memory", "pad", "overwrite", "refit", "refit_ridge", "check",
+    "output", "calibration", "device", "save_gpu_memory", "pad", "zero", "overwrite", "refit", "refit_ridge", "check",
 )  # fmt: skip
 """Arguments of :func:`prune` that are no method's."""
 QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field")
@@ -77,6 +81,7 @@ def prune(
     device: str = "cpu",
     save_gpu_memory: bool = False,
     pad: bool = False,
+    zero: bool = False,
     overwrite: bool = False,
     refit: bool = False,
     refit_ridge: float = 0.1,
@@ -93,6 +98,7 @@ def prune(
         refit, refit_ridge: fit what stays to what the source says, in closed form; see `llmshearing.prune.refit`.
         check: load what was written and compare it with the model in memory.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
+        zero: keep the source's shape, with zeros where units are closed, to be finetuned before it is folded.
         options: the method's own.
 
     Raises:
@@ -106,6 +112,8 @@ def prune(
     data = _calibration(calibration, model, plan.config, sequences)
     if refit:
         _check_refit(plan, data, pad)
+    if zero:
+        _check_zero(plan, pad, refit)
     if data is None and plan.method.needs_calibration(plan.options):
         raise ShearingError(f"method {method} chooses by sequences: give --calibration (MDS data, JSONL or text)")
     dtypes = _dtypes(model, plan)
@@ -119,7 +127,11 @@ def prune(
         choice = counting_energy(choice, source, table, data)
     if table:  # a method that parts tied tensors has changed the source's config
         table = table_for(source.config, plan.target.head_mode)
-        result = folded(source, table, choice, dtypes, pad)
+        if zero:
+            result = zeroed_in_place(source, table, choice, dtypes)
+            choice = replace(choice, selection=choice_of(choice.selection), about={**choice.about, ZEROED: True})
+        else:
+            result = folded(source, table, choice, dtypes, pad)
         if refit and data is not None:
             choice = _refitted(source, result, table, choice, data, refit_ridge, device)
     else:
@@ -130,10 +142,12 @@ def prune(
     record = {
         **{"method": method, "source": str(model), "target": dict(target), "options": plan.options, "split": split},
         **as_plain(before, after),
-        "history": [*_history(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
+        "history": [*history_of(model), f"{method}: {json.dumps(dict(target))}, from {model}"],
     }
     with _tokenizer(model, choice) as tokenizer:
-        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, check=check)
+        whole = table or plan.table
+        report = partial(record_prune, name=output.resolve().name, table=whole, choice=choice, record=record)
+        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report, check=check)
     seconds = time.perf_counter() - start
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
@@ -159,6 +173,21 @@ def _check_refit(plan: Plan, data: Calibration | None, pad: bool) -> None:
     if pad:
         raise ShearingError("refit and pad: padding has to stay 0; refit first, pad the result")
     check_refittable(plan.table)
+
+
+def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
+    """Refuse before the work what cannot be zeroed; the choice itself is checked when it is there."""
+    if not plan.table.tensors:
+        raise ShearingError("zero: the model has no table that says which tensors hold the closed units")
+    if pad or refit:
+        raise ShearingError("zero with pad or refit: a zeroed model keeps its source's shape; finetuning fits it")
+    shape = plan.table.shape()
+    for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
+        if (key := plan.table.keys.get(size)) is None:
+            continue
+        wanted = plan.target.shape.get(key, shape.get(key))
+        if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
+            raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
 
 def _refitted(
@@ -271,15 +300,6 @@ def _calibration(
         return None
     longest = getattr(config, "max_position_embeddings", None) or 1 << 30
     return read_calibration(path, model, config.vocab_size, longest, options)
-
-
-def _history(model: Path | str) -> list[str]:
-    """How the source was pruned before, where it was."""
-    try:
-        history = json.loads((Path(model) / REPORT).read_text())["history"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [str(line) for line in history] if isinstance(history, list) else []
 
 
 @contextmanager

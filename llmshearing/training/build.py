@@ -18,6 +18,7 @@ from llmshearing.data.mds.manifest import check_tokenizer
 from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError
+from llmshearing.families.portable import portable
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
@@ -36,6 +37,7 @@ from llmshearing.training.groups import build_optimizer, optimizer_groups
 from llmshearing.training.handover import Folded
 from llmshearing.training.model import ShearingModel
 from llmshearing.training.rates import build_rates
+from llmshearing.training.recording import build_record
 from llmshearing.training.resilience.build import build_safety
 from llmshearing.training.resilience.resume import plain_data_only, prepare
 from llmshearing.training.resilience.saver import Saver
@@ -154,7 +156,7 @@ def run_info(
     turn = cfg.model.turn if source.basis is not None else None
     turned_so = [] if turn is None else [f"turned hidden units into directions by {turn.basis}"]
     return {
-        "hf_config": source.config.to_dict(),
+        "hf_config": portable(source.config.to_dict()),
         "masks": mask_info(masks, source.head_mode),
         "run_config": to_yaml(cfg),
         "tokenizer": cfg.tokenizer_name or directory,
@@ -268,6 +270,7 @@ def build_trainer(
     dataset = train.dataloader.dataset
     safety = build_safety(cfg, dataset, info, source.config.vocab_size, request or StopRequest(), watch)
     stage += [FoldAt(l0.fold_at, each) for each in safety if l0 and l0.fold_at and isinstance(each, Saver)]
+    record = build_record(cfg, source, masks, info, device, goes_on=folded is not None)
     with plain_data_only(cfg.trust_checkpoint):
         return Trainer(
             model=model,
@@ -277,7 +280,9 @@ def build_trainer(
             schedulers=build_scheduler(cfg),
             algorithms=build_algorithms(masks, cfg),
             callbacks=[*build_callbacks(cfg, masks, dataset, info, guide), *basis, *safety, *stage],
-            loggers=build_loggers(cfg, go_on=folded is not None),
+            loggers=[*build_loggers(cfg, go_on=folded is not None), *record],
             device=device,
+            # Microbatches and ranks weigh by the tokens that count, so that the loss is the mean over all of them.
+            accumulate_train_batch_on_tokens=dataset.masked,
             **trainer_options(cfg, device),
         )

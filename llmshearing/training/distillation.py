@@ -22,6 +22,7 @@ from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.stored import as_stored
 from llmshearing.prune.methods.turn import turn_model
 from llmshearing.storage import load_weights
 from llmshearing.training.cache.codec import Codec
@@ -124,7 +125,7 @@ def load_teacher(path: str) -> PreTrainedModel:
     checkpoint = read_checkpoint(path)
     if checkpoint.masks:
         raise ShearingError(f"distill.teacher: {path} still has its pruning masks; fold it first")
-    model = AutoModelForCausalLM.from_config(checkpoint.info.config, dtype=torch.float32)
+    model = as_stored(AutoModelForCausalLM.from_config(checkpoint.info.config, dtype=torch.float32))
     load_weights(model, checkpoint.weights)
     return model
 

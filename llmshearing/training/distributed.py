@@ -7,7 +7,8 @@
                       FSDP would cast them to the weights' precision; so their gradients are averaged here
 
 A rank's loss is the mean over its samples plus the penalty. Ranks have equally many samples, gates and penalty are the
-same on all: the mean over ranks is the loss of the whole batch, the penalty counted once.
+same on all: the mean over ranks is the loss of the whole batch, the penalty counted once. With a loss mask ranks and
+microbatches weigh by their tokens that count, and these weights add up to 1: the same holds of the mean over tokens.
 """
 
 from __future__ import annotations

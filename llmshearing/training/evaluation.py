@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmshearing.data.mixture.loader import build_eval_dataloader
 from llmshearing.progress import tqdm
-from llmshearing.training.loss import token_losses
+from llmshearing.training.loss import predicts, sequence_means, token_losses
 from llmshearing.training.model import DomainLoss
 
 
@@ -37,7 +37,10 @@ def domain_losses(
     for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False):
         with torch.autocast("cpu", dtype=autocast) if autocast is not None else nullcontext():
             logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
-        metric.update(token_losses(logits, batch["input_ids"].to(model.device)).mean(-1).cpu(), batch["set"])
+        counted = predicts(batch)
+        losses = token_losses(logits, batch["input_ids"].to(model.device))
+        means = sequence_means(losses, None if counted is None else counted.to(model.device)).cpu()
+        metric.update(means, batch["set"], None if counted is None else counted.sum(-1))
     mean = metric.compute().item()
     values = metric.by_domain.tolist() if metric.by_domain is not None else []
     return {**dict(zip(set_names, values, strict=True)), "mean": mean}

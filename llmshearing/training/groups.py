@@ -22,7 +22,7 @@ def optimizer_groups(model: torch.nn.Module, table: Table, masks: L0Masks | None
     o = cfg.optimizer
     groups: list[dict[str, Any]] = [{"name": "weights", "params": list(model.parameters())}]
     if o.name == MUON:
-        groups = muon_groups(model, table, o.lr if o.muon_lr is None else o.muon_lr, o.muon_momentum)
+        groups = muon_groups(model, table, o.lr if o.muon_lr is None else o.muon_lr, o.muon_momentum, o.muon_relative)
     return groups if masks is None else [*groups, *mask_groups(masks, cfg)]
 
 

@@ -5,15 +5,20 @@
 Both passes go over the logits [N, V] in chunks of rows: only one chunk at a time is widened to float32. The backward
 pass writes the gradient over the logits, which nobody needs any more.
 
+A loss mask leaves positions out of the means, and so out of the gradient.
+
 Shape legend: B sequences, T tokens, N = B T, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmshearing.data.mds.masks import COLUMN
 
 CHUNK_ELEMENTS = 2**20
 """Elements widened at a time on a CPU: 4 MB of float32, about what a core's cache holds."""
@@ -63,3 +68,29 @@ def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     labels = input_ids.roll(-1, dims=1)
     losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
     return losses.view(batch, length)[:, :-1]
+
+
+def predicts(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Positions whose prediction counts, bool [B, T-1]: those before a token that `loss_mask` [B, T] marks.
+
+    None: the batch has no mask, and all count.
+    """
+    mask = batch.get(COLUMN)
+    return None if mask is None else mask[:, 1:]
+
+
+def sequence_means(losses: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean loss of each sequence, [B], over the positions that count; 0 where none does. losses, counted: [B, T-1]."""
+    if counted is None:
+        return losses.mean(-1)
+    return torch.where(counted, losses, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
+
+
+def batch_mean(means: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean over a batch of its sequences' means [B], each weighed by its count [B]; 0 where nothing counts.
+
+    None: all weigh alike. Of counts of tokens the result is the mean over all tokens that count.
+    """
+    if counts is None:
+        return means.mean()
+    return (means * counts).sum() / counts.sum().clamp(min=1)

@@ -2,8 +2,10 @@
 
     sample gates -> selection -> folded forward -> per-token loss [B, T-1] -> per-sample loss [B] + penalty
 
-One vector of per-sample losses serves the objective, the metrics and every domain's loss. Shape legend: B sequences,
-T tokens, V vocabulary, D domains.
+One vector of per-sample losses serves the objective, the metrics and every domain's loss. Where the data have a loss
+mask, a sample's loss is the mean over the tokens that count, and samples weigh by how many those are.
+
+Shape legend: B sequences, T tokens, V vocabulary, D domains.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from llmshearing.masks.l0 import L0Masks
 from llmshearing.training.distributed import mark_units
 from llmshearing.training.divergence import distillation_losses
 from llmshearing.training.hidden import hidden_losses, recorded
-from llmshearing.training.loss import token_losses
+from llmshearing.training.loss import batch_mean, predicts, sequence_means, token_losses
 from llmshearing.training.targets import Guide
 
 # transformers builds no [B, 1, T, T] mask for an attention that has no mask function of its own; SDPA is then causal,
@@ -36,6 +38,8 @@ AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 
 class DomainLoss(Metric):
     """Mean loss over samples, and by domain; summed over batches and ranks. Samples of domain -1 count for nothing.
+
+    With counts it is the mean over tokens that count.
 
     After :meth:`compute`, ``by_domain`` [D] holds each domain's mean, NaN for a domain without a sample.
     """
@@ -50,11 +54,12 @@ class DomainLoss(Metric):
         self.add_state("count", torch.zeros(domains + 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.by_domain: Tensor | None = None
 
-    def update(self, sample_loss: Tensor, domain: Tensor) -> None:
-        """sample_loss, domain: [B]."""
+    def update(self, sample_loss: Tensor, domain: Tensor, counts: Tensor | None = None) -> None:
+        """sample_loss, domain: [B]; counts [B]: tokens of each that count, None: all samples weigh alike."""
         place = torch.where(domain < 0, len(self.total) - 1, domain)
-        self.total.index_add_(0, place, sample_loss.detach().to(self.total.dtype))
-        self.count.index_add_(0, place, torch.ones_like(place, dtype=self.count.dtype))
+        weight = torch.ones_like(place, dtype=self.count.dtype) if counts is None else counts.to(self.count.dtype)
+        self.total.index_add_(0, place, sample_loss.detach().to(self.total.dtype) * weight)
+        self.count.index_add_(0, place, weight)
 
     def compute(self) -> Tensor:
         total, count = self.total[:-1], self.count[:-1]
@@ -127,22 +132,27 @@ class ShearingModel(ComposerModel):
         return torch.autocast("cpu", dtype=self.autocast)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: ``input_ids`` [B, T]. Returns ``sample_loss`` [B] (nats per token) and the masks' ``penalty``."""
-        input_ids = batch["input_ids"]
+        """batch: ``input_ids`` [B, T], and ``loss_mask`` [B, T] where not all of them count.
+
+        Returns ``sample_loss`` [B] (nats per token), the masks' ``penalty``, and with a loss mask ``counts`` [B].
+        """
+        input_ids, counted = batch["input_ids"], predicts(batch)
         self.set_selection()
         if self.teacher is not None and self.training:
             outputs = self._follow(self.teacher, batch)
         else:
             with self._autocast(input_ids.device):
                 logits = self.model(input_ids=input_ids, use_cache=False).logits
-            outputs = {"sample_loss": token_losses(logits, input_ids).mean(-1)}
+            outputs = {"sample_loss": sequence_means(token_losses(logits, input_ids), counted)}
+        if counted is not None:
+            outputs["counts"] = counted.sum(-1)
         if self.masks is not None and self.training and not self.masks.exact:
             outputs["penalty"] = self.masks.penalty()
         return outputs
 
     def _follow(self, guide: Guide, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``objective``, ``sample_loss``, ``divergence`` from the guide, and ``hidden`` where states count, all [B]."""
-        input_ids = batch["input_ids"]
+        input_ids, counted = batch["input_ids"], predicts(batch)
         views = None if guide.hidden is None else guide.hidden.views(self.gating.selection)
         own_view, their_view = views or (None, None)
         with self._autocast(input_ids.device):
@@ -152,16 +162,17 @@ class ShearingModel(ComposerModel):
         options = {"weight": guide.weight, "ce": guide.ce, "temperature": guide.temperature}
         losses = distillation_losses(logits, answer.targets, input_ids, **options)
         names = ("objective", "sample_loss", "divergence")
-        outputs = {name: loss.mean(-1) for name, loss in zip(names, losses, strict=True)}
+        outputs = {name: sequence_means(loss, counted) for name, loss in zip(names, losses, strict=True)}
         if guide.hidden is not None and views is not None:
-            hidden = hidden_losses(states, answer.states, views)
+            hidden = hidden_losses(states, answer.states, views, counted)
             outputs["objective"] = outputs["objective"] + guide.hidden.weight * hidden
             outputs["hidden"] = hidden.detach()
         return outputs
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Mean objective (cross-entropy where there is no teacher) plus the Lagrangian term."""
-        return outputs.get("objective", outputs["sample_loss"]).mean() + outputs.get("penalty", 0.0)
+        means = outputs.get("objective", outputs["sample_loss"])
+        return batch_mean(means, outputs.get("counts")) + outputs.get("penalty", 0.0)
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """As forward; training metrics reuse the outputs of the training step."""
@@ -173,4 +184,5 @@ class ShearingModel(ComposerModel):
 
     def update_metric(self, batch: dict[str, Tensor], outputs: dict[str, Tensor], metric: Metric) -> None:
         domain = batch.get("set")
-        metric.update(outputs["sample_loss"], torch.zeros_like(batch["input_ids"][:, 0]) if domain is None else domain)
+        domain = torch.zeros_like(batch["input_ids"][:, 0]) if domain is None else domain
+        metric.update(outputs["sample_loss"], domain, outputs.get("counts"))

@@ -9,6 +9,11 @@ near 1, so that a step goes equally far in every direction. Liu et al. 2025 (arX
 element the root mean square that it has in AdamW's steps, about 0.2, so that both take like rates. torch 2.9 calls this
 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``.
 
+Relative steps take the root mean square of the matrix itself in place of 0.2. A pretrained model whose norms were
+multiplied into their readers has matrices of very different size (SmolLM2-135M, turned and cut: down 0.3, gate 0.04,
+the first values 0.002), and one rate then moves some hardly, others at once. Steps relative to the size of each layer
+are those of Bernstein et al. 2020 (Fromage, arXiv:2002.03432).
+
 What a matrix is stands in the family's table. Projections that one tensor fuses (queries, keys, values) are orthogonal
 each for itself, and so are the experts in a stack.
 """
@@ -67,11 +72,13 @@ def layout_of(table: Table, spec: TensorSpec, layer: int | None) -> Layout | Non
     return Layout(-2, 1, (table.length(spec.matrix[0], layer),))
 
 
-def muon_groups(model: torch.nn.Module, table: Table, lr: float, momentum: float) -> list[dict[str, Any]]:
+def muon_groups(
+    model: torch.nn.Module, table: Table, lr: float, momentum: float, relative: bool = False
+) -> list[dict[str, Any]]:
     """The optimizer's groups of a model's weights: AdamW's, then one of matrices for each layout.
 
     Args:
-        lr: peak rate of the matrices. momentum: beta above.
+        lr: peak rate of the matrices. momentum: beta above. relative: steps are parts of each matrix's own size.
     """
     others: list[Tensor] = []
     matrices: dict[Layout, list[Tensor]] = defaultdict(list)
@@ -81,7 +88,9 @@ def muon_groups(model: torch.nn.Module, table: Table, lr: float, momentum: float
     groups: list[dict[str, Any]] = [{"name": "weights", "params": others}]
     for layout, parameters in matrices.items():
         plain = {"dim": layout.dim, "runs": layout.runs, "sizes": layout.sizes}  # a checkpoint holds plain data
-        groups.append({"name": "matrices", "params": parameters, "lr": lr, "momentum": momentum, **plain})
+        groups.append(
+            {"name": "matrices", "params": parameters, "lr": lr, "momentum": momentum, "relative": relative, **plain}
+        )
     return groups
 
 
@@ -135,8 +144,12 @@ class Muon(FusedDecoupledAdamW):
         torch._foreach_mul_(updates, _moving(gradients))
         whole = (_whole(update, like) for update, like in zip(updates, parameters, strict=True))
         layout = Layout(group["dim"], group["runs"], tuple(group["sizes"]))
+        changes = orthogonal(whole, layout)
+        if group.get("relative", False):  # absent from older checkpoints
+            weights = (_whole(_local(parameter), parameter) for parameter in parameters)
+            changes = relative_to(weights, changes, layout)
         decay = group["weight_decay"] * (group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0)
-        for parameter, change in zip(parameters, orthogonal(whole, layout), strict=True):
+        for parameter, change in zip(parameters, changes, strict=True):
             _local(parameter).mul_(1 - decay).sub_(_shard(change, parameter), alpha=group["lr"])
 
     def report_per_parameter_metrics(
@@ -177,6 +190,15 @@ def _orthogonal(updates: list[Tensor], layout: Layout) -> list[Tensor]:
         for step, (_, place) in zip(made.split([len(matrix) for matrix, _ in pairs]), pairs, strict=True):
             place.copy_(step.reshape(place.shape))
     return results
+
+
+def relative_to(weights: Iterable[Tensor], changes: Iterable[Tensor], layout: Layout) -> Iterator[Tensor]:
+    """The steps, each matrix's times the root mean square of its weights, in place of AdamW's; 0 stays 0."""
+    for weight, change in zip(weights, changes, strict=True):
+        for segment, place in zip(layout.split(weight), layout.split(change), strict=True):
+            dims = (layout.dim - 1, layout.dim, -1 if layout.dim == -2 else -3)  # runs, theirs, and the other side
+            place.mul_(segment.square().mean(dims, keepdim=True).sqrt_().div_(ADAMW_RMS))
+        yield change
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:

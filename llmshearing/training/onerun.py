@@ -25,6 +25,7 @@ from llmshearing.config import Config
 from llmshearing.config.schema import L0Module
 from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.errors import ShearingError
+from llmshearing.families.stored import as_stored
 from llmshearing.fold.fold import fold
 from llmshearing.fold.selection import Selection
 from llmshearing.prune.refit import refit
@@ -84,7 +85,7 @@ def _refitted(
     basis = saved_basis(last) if cfg.model.turn is not None else None
     place = "cuda" if device == "gpu" else device
     model = load_model(replace(source, basis=basis), cfg).eval().to(place)
-    compact = AutoModelForCausalLM.from_config(info.config, dtype=torch.float32).eval()
+    compact = as_stored(AutoModelForCausalLM.from_config(info.config, dtype=torch.float32).eval())
     load_weights(compact, fold(model.state_dict(), source.table, choice))
     refit(model, compact.to(place), source.table, choice, sequences(cfg, data, l0.refit_samples), l0.refit_ridge)
     return {name: value.cpu() for name, value in compact.state_dict().items()}

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
-from llmshearing.checkpoints.hf_config import read_config
+from llmshearing.checkpoints.hf_config import read_config, without_dropout
 from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.config import Config, complete, disagreements, head_mode, source_shape, target_problems, target_shape
 from llmshearing.config.shapes import FACTS
@@ -25,6 +24,7 @@ from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import BLOCK_MASKS as BLOCK_KINDS
 from llmshearing.families.names import HEAD_DIM
 from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.stored import as_stored
 from llmshearing.families.table import Table
 from llmshearing.fold.fold import config_of_shape
 from llmshearing.fold.turn import HIDDEN, check_tied, check_turnable
@@ -33,6 +33,7 @@ from llmshearing.prune.methods.turn import OUTPUT, turn_model
 from llmshearing.prune.refit import check_refittable
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
+from llmshearing.training.empty import parameters_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def read_source(cfg: Config) -> Source:
             "load_path or autoresume; to train the pruned model fold it first: python3 -m "
             f"llmshearing.utils.post_pruning_processing prune_and_save_model {cfg.model.path}"
         )
-    hf_config = _without_dropout(_hf_config(cfg, checkpoint))
+    hf_config = without_dropout(_hf_config(cfg, checkpoint))
     table = table_for(hf_config)
     shape = complete(table.sizes())
     problems = [*disagreements(cfg, hf_config.to_dict(), cfg.model.path), *target_problems(cfg, shape)]
@@ -120,19 +121,6 @@ def _hf_config(cfg: Config, checkpoint: Checkpoint | None) -> PretrainedConfig:
     return config
 
 
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The config with every dropout at 0: a resumed run could not draw the same elements again.
-
-    Keys that end in "drop" (``resid_pdrop``, ``layerdrop``) or contain "dropout".
-    """
-    drops = [key for key in config.to_dict() if key.endswith("drop") or "dropout" in key]
-    if found := {key: value for key in drops if isinstance(value := getattr(config, key), float) and value}:
-        for key in found:
-            setattr(config, key, 0.0)
-        log.info("dropout is off, as in every run: %s", ", ".join(f"{key} {was} -> 0" for key, was in found.items()))
-    return config
-
-
 def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     """The transformers model with float32 weights, every tensor found and none left over.
 
@@ -145,11 +133,11 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     attention = cfg.model.attn_implementation or "sdpa"
     stored = copy.deepcopy(source.stored or source.config)
     if not reads_source(cfg):
-        with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
-            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        with parameters_on_meta():  # parameters only: buffers, such as the rotary frequencies, are computed
+            model = as_stored(AutoModelForCausalLM.from_config(source.config, dtype=torch.float32))
         model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:
-        model = AutoModelForCausalLM.from_config(stored, dtype=torch.float32)
+        model = as_stored(AutoModelForCausalLM.from_config(stored, dtype=torch.float32))
         load_weights(model, source.checkpoint.weights)
     else:
         model = load_hf_model(cfg.model.path, torch.float32, stored)

@@ -116,5 +116,6 @@ def _computed(turn: Turn, source: Source, cfg: Config, data: MixtureDataset, dev
 
 def sequences(cfg: Config, data: MixtureDataset, samples: int) -> Calibration:
     """Evenly spread samples of the training split."""
-    ids = spread(data.streams, samples)
-    return Calibration(ids, ids[:1], "the training split", "the training split", cfg.device_eval_batch_size)
+    ids, mask = spread(data.streams, samples)
+    name = "the training split"
+    return Calibration(ids, ids[:1], name, name, cfg.device_eval_batch_size, select_mask=mask)

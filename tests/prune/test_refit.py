@@ -93,7 +93,8 @@ def slow(source, small, selection, ids):
                 wanted = io_of(source, ids, [f"model.layers.{end}"])[f"model.layers.{end}"][1]
             module = small.get_submodule(own + writer)
             read, said = o[own + writer]
-            module.weight.data = ridge_step(module.weight, read, wanted[:, hidden] - o[own + norm][0] - said).float()
+            residual, length = wanted[:, hidden] - o[own + norm][0] - said, wanted[:, hidden].norm(dim=1, keepdim=True)
+            module.weight.data = ridge_step(module.weight, read / length, residual / length).float()
     if not source.config.tie_word_embeddings:
         read, wanted = (io_of(m, ids, ["lm_head"])["lm_head"][0] for m in (small, source))
         start = torch.zeros(source.config.hidden_size, len(hidden), dtype=torch.float64)

@@ -68,7 +68,11 @@ def test_the_objective_has_the_distance_written_out():
     distances = []
     for mine, end in ((own[0], theirs[1]), (own[1], theirs[2])):
         target = end[..., HIDDEN_UNITS].double()
-        distances.append((mine.double() - target).square().mean((1, 2)) / target.square().mean((1, 2)))
+        tokens = [
+            2 - 2 * (m @ t) / (m.norm() * t.norm())
+            for m, t in zip(mine.double().flatten(0, 1), target.flatten(0, 1), strict=True)
+        ]
+        distances.append(torch.stack(tokens).unflatten(0, target.shape[:2]).mean(1))
     want = torch.stack(distances).mean(0)
 
     def objective(hidden):
@@ -126,9 +130,7 @@ def test_selections_of_others_are_refused(tmp_path):
         build_hidden(asked(other), teacher, student)
     with pytest.raises(ShearingError, match="absent.safetensors cannot be read"):
         build_hidden(asked(tmp_path / "absent.safetensors"), teacher, student)
-    with pytest.raises(
-        ShearingError, match="has 3 layers of 32 hidden units, the model under masks 2 of 8"
-    ):
+    with pytest.raises(ShearingError, match="has 3 layers of 32 hidden units, the model under masks 2 of 8"):
         build_hidden(Distill(hidden=1.0), teacher, student)
 
 

@@ -60,7 +60,8 @@ def slow_orthogonal(u):
 class Slow:
     """The optimizer written out. parts: (rows, columns) of every matrix of a tensor, as lists of indices."""
 
-    def __init__(self, weights, parts, peak, momentum, decay):
+    def __init__(self, weights, parts, peak, momentum, decay, relative):
+        self.relative = relative
         self.weights, self.parts, self.peak = [weight.copy() for weight in weights], parts, peak
         self.momentum, self.decay = momentum, decay
         self.buffers = [np.zeros_like(weight) for weight in weights]
@@ -71,19 +72,21 @@ class Slow:
             update = (1 - self.momentum) * gradient + self.momentum * buffer
             if not np.any(gradient):
                 update[:] = 0
+            old = weight.copy()
             weight *= 1 - rate / self.peak * self.decay
             for rows, columns in parts:
                 where = np.ix_(rows, columns)
-                weight[where] -= rate * slow_orthogonal(update[where])
+                size = math.sqrt(np.mean(old[where] ** 2)) / 0.2 if self.relative else 1.0
+                weight[where] -= rate * size * slow_orthogonal(update[where])
 
 
-def both(shapes, layout, parts, momentum=0.95, decay=1e-2, steps=6, closed=()):
+def both(shapes, layout, parts, momentum=0.95, decay=1e-2, steps=6, closed=(), relative=False):
     """(weights of Muon, of the slow one) after some steps with a schedule; no gradient for tensor 0 in ``closed``."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda: [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]  # noqa: E731
     weights = [value.requires_grad_() for value in draw()]
-    slow = Slow([weight.detach().numpy().copy() for weight in weights], parts, 0.3, momentum, decay)
-    group = {"params": weights, "lr": 0.3, "momentum": momentum, "weight_decay": decay, **layout}
+    slow = Slow([weight.detach().numpy().copy() for weight in weights], parts, 0.3, momentum, decay, relative)
+    group = {"params": weights, "lr": 0.3, "momentum": momentum, "weight_decay": decay, "relative": relative, **layout}
     optimizer = Muon([{"params": []}, group], lr=0.1)
     for step in range(steps):
         rate = optimizer.param_groups[1]["lr"] = 0.3 * min(1.0, step / 2) * 0.9**step
@@ -105,17 +108,20 @@ def assert_close(found, wanted):
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([0.0, 0.5, 0.95]),
-    st.sampled_from([0.0, 0.1]), st.sets(st.integers(0, 5), max_size=3),
+    st.sampled_from([0.0, 0.1]), st.sets(st.integers(0, 5), max_size=3), st.booleans(),
 )  # fmt: skip
-def test_steps_are_the_formula_s(rows, columns, momentum, decay, closed):
+def test_steps_are_the_formula_s(rows, columns, momentum, decay, closed, relative):
     shapes = [(rows, number) for number in columns]
     parts = [[(range(rows), range(number))] for number in columns]
-    assert_close(*both(shapes, {**PLAIN, "sizes": (rows,)}, parts, momentum, decay, closed=closed))
+    assert_close(*both(shapes, {**PLAIN, "sizes": (rows,)}, parts, momentum, decay, closed=closed, relative=relative))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(1, 3), st.integers(1, 6), st.booleans())
-def test_fused_segments_are_matrices_of_their_own(sizes, runs, other, by_columns):
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=3), st.integers(1, 3), st.integers(1, 6), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_fused_segments_are_matrices_of_their_own(sizes, runs, other, by_columns, relative):
     length, indices = runs * sum(sizes), [[] for _ in sizes]
     for run in range(runs):
         for number, size in enumerate(sizes):
@@ -124,7 +130,7 @@ def test_fused_segments_are_matrices_of_their_own(sizes, runs, other, by_columns
     parts = [(range(other), part) if by_columns else (part, range(other)) for part in indices]
     shape = (other, length) if by_columns else (length, other)
     layout = {"dim": -1 if by_columns else -2, "runs": runs, "sizes": tuple(sizes)}
-    assert_close(*both([shape] * 2, layout, [parts] * 2))
+    assert_close(*both([shape] * 2, layout, [parts] * 2, relative=relative))
 
 
 def test_a_stack_of_experts_is_as_many_matrices(monkeypatch):

@@ -4,20 +4,23 @@ A file under its own name is whole and is what `index.json` says: it is made und
 process of a machine at a time brings a shard; the others wait for it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from streaming.base.compression import decompress
-from streaming.base.hashing import get_hash
 
 from llmshearing import files as durable
+from llmshearing.data.mds.format import Shard, StoredFile, digest
 from llmshearing.data.mds.index import INDEX, broken_json
-from llmshearing.data.mds.remote import Remote
 from llmshearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    from llmshearing.data.mds.remote import Remote
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class ShardFiles:
             )
         return None
 
-    def problem(self, shard: Any) -> str | None:
+    def problem(self, shard: Shard) -> str | None:
         """What can be told at once to be wrong with a shard: it is absent, or has the wrong size."""
         if self.remote is not None:
             return None
@@ -53,7 +56,7 @@ class ShardFiles:
             return _wrong_size(self.folder / stored.basename, stored)
         return _wrong_size(raw, shard.raw_data)
 
-    def bring(self, shard: Any) -> Path:
+    def bring(self, shard: Shard) -> Path:
         """The shard's file, uncompressed and checked; raises ShearingError where that cannot be had."""
         raw = self.folder / shard.raw_data.basename
         problem = damage(raw, shard.raw_data)
@@ -68,10 +71,10 @@ class ShardFiles:
                 raise ShearingError(f"shard {raw} cannot be written: {error}") from error
         return raw
 
-    def _stored_here(self, shard: Any) -> bool:
+    def _stored_here(self, shard: Shard) -> bool:
         return shard.zip_data is not None and (self.folder / shard.zip_data.basename).is_file()
 
-    def _make(self, shard: Any, raw: Path) -> None:
+    def _make(self, shard: Shard, raw: Path) -> None:
         if shard.zip_data is None:
             self._download(raw, shard.raw_data)
             return
@@ -81,13 +84,13 @@ class ShardFiles:
                 raise ShearingError(f"shard {problem}; copy it again")
             self._download(stored, shard.zip_data)
         with durable.whole(raw, alone=False) as temporary:  # the lock is this machine's, the folder may not be
-            temporary.write_bytes(decompress(shard.compression, stored.read_bytes()))
+            temporary.write_bytes(shard.decompressed(stored.read_bytes()))
             if problem := damage(temporary, shard.raw_data):
                 raise ShearingError(f"shard {stored}, decompressed, is not what {INDEX} says: {problem}; copy it again")
         if self.remote is not None:  # it can be had again
             stored.unlink()
 
-    def _download(self, target: Path, info: Any) -> None:
+    def _download(self, target: Path, info: StoredFile) -> None:
         if self.remote is None:
             raise ShearingError(f"shard {target} is missing; copy it again")
         self.remote.fetch(info.basename, target, lambda path: damage(path, info))
@@ -106,17 +109,17 @@ class ShardFiles:
             raise ShearingError(said) from None
 
 
-def damage(file: Path, info: Any) -> str | None:
+def damage(file: Path, info: StoredFile) -> str | None:
     """What is wrong with a file by its entry in the index, size and first hash; or None."""
     if problem := _wrong_size(file, info):
         return problem
     for algorithm, expected in list(info.hashes.items())[:1]:
-        if (found := get_hash(algorithm, file.read_bytes())) != expected:
+        if (found := digest(algorithm, file.read_bytes())) != expected:
             return f"{file} is damaged: {algorithm} is {found}, {INDEX} says {expected}"
     return None
 
 
-def _wrong_size(file: Path, info: Any) -> str | None:
+def _wrong_size(file: Path, info: StoredFile) -> str | None:
     if not file.is_file():
         return f"{file} is missing"
     if (size := file.stat().st_size) != info.bytes:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streaming.base.compression import is_compression
-from streaming.base.format.mds import MDSReader
-from streaming.base.format.mds.encodings import is_mds_encoding_safe
-from streaming.base.hashing import is_hash
-
+from llmshearing.data.mds.compression import NAMES
+from llmshearing.data.mds.format import HASHES, Shard
+from llmshearing.data.mds.masks import COLUMN
 from llmshearing.errors import ShearingError
 from llmshearing.files import is_count
 
@@ -27,7 +25,7 @@ def broken_json(path: Path) -> str | None:
     return None
 
 
-def read_index(folder: Path) -> list[MDSReader]:
+def read_index(folder: Path) -> list[Shard]:
     """The shards of an MDS directory, whose files lie in it by their names and hold the columns `tokens` and `set`.
 
     Raises ShearingError, naming what is wrong.
@@ -47,14 +45,7 @@ def read_index(folder: Path) -> list[MDSReader]:
         raise ShearingError("\n".join([*dict.fromkeys(problems)][:20]))
     if not shards:
         raise ShearingError(f"{folder} has no sample; prepare it again")
-    return [_reader(folder, shard) for shard in shards]
-
-
-def _reader(folder: Path, shard: dict[str, Any]) -> MDSReader:
-    known = ("version", "format", "compression", "raw_data", "samples", "zip_data", *KEYS)
-    values = {key: shard.get(key) for key in known}
-    values |= {"hashes": [], "size_limit": None}  # of the writer alone
-    return MDSReader.from_json(str(folder), None, values)
+    return [Shard.of(shard) for shard in shards]
 
 
 def _problems(shard: Any) -> list[str]:
@@ -64,7 +55,7 @@ def _problems(shard: Any) -> list[str]:
     if not is_count(shard.get("samples"), MOST) or shard["samples"] == 0:
         said.append(f"samples is {shard.get('samples')!r}; a whole number above 0 is needed")
     compression = shard.get("compression")
-    if compression is not None and not (isinstance(compression, str) and is_compression(compression)):
+    if compression is not None and not (isinstance(compression, str) and compression in NAMES):
         said.append(f"compression is {compression!r}, which Streaming does not know")
     if (compression is None) != (shard.get("zip_data") is None):
         said.append("compression and zip_data must be given together")
@@ -84,7 +75,7 @@ def _file_problems(data: Any) -> list[str]:
     if not is_count(data["bytes"], MOST):
         said.append(f"bytes is {data['bytes']!r}, no whole number below 2^32")
     hashes = data["hashes"]
-    if not isinstance(hashes, dict) or not all(is_hash(k) and isinstance(v, str) for k, v in hashes.items()):
+    if not isinstance(hashes, dict) or not all(k in HASHES and isinstance(v, str) for k, v in hashes.items()):
         said.append(f"hashes {hashes!r} are none that Streaming knows")
     return said
 
@@ -104,9 +95,11 @@ def _column_problems(names: Any, encodings: Any, sizes: Any) -> list[str]:
     if missing := [name for name in COLUMNS if name not in names]:
         return [f"it has the columns {names}; {missing} is missing"]
     kinds = dict(zip(names, encodings, strict=True))
-    said = [f"column {n} is {k!r}, which would run code" for n, k in kinds.items() if not is_mds_encoding_safe(k)]
+    said = [f"column {n} is {k!r}, which would run code" for n, k in kinds.items() if k == "pkl"]
     if kinds["tokens"] != "bytes" and not kinds["tokens"].startswith("ndarray"):
         said.append(f"column tokens is {kinds['tokens']!r}; known are 'ndarray:...' and 'bytes' (of ids)")
     if kinds["set"] != "str":
         said.append(f"column set is {kinds['set']!r}, not 'str'")
+    if (mask := kinds.get(COLUMN, "bytes")) != "bytes" and not mask.startswith("ndarray"):
+        said.append(f"column {COLUMN} is {mask!r}; known are 'ndarray:...' and 'bytes'")
     return said

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmshearing.data.prepare.packing import COUNTS
+from llmshearing.data.prepare.packing import ANSWERS, COUNTS
 from llmshearing.data.text.codec import FILES, Codec
 from llmshearing.data.text.lines import LINE, PLURALS
 from llmshearing.errors import ShearingError
@@ -52,6 +52,8 @@ def _problems(manifest: Any) -> list[str]:
         for domain, counts in domains.items():
             if not isinstance(counts, dict) or not all(is_count(counts.get(name)) for name in COUNTS):
                 said.append(f"splits.{split}.{domain} lacks a number of {', '.join(COUNTS)}")
+            elif any(name in counts for name in ANSWERS) and not all(is_count(counts.get(name)) for name in ANSWERS):
+                said.append(f"splits.{split}.{domain} lacks a number of {', '.join(ANSWERS)}")
     request = manifest.get("request")
     if not isinstance(request, dict) or not isinstance(request.get("options"), dict):
         said.append("request has no options")
@@ -118,11 +120,24 @@ def table(manifest: dict[str, Any]) -> str:
             ratio = n["bytes"] / max(1, n["tokens"])
             row = f"{n['documents']:>12,}{n['tokens']:>15,}{n['sequences']:>12,}{ratio:>13.2f}"
             lines.append(f"{split:<12}{domain:<20}{row}")
+    for split, domains in manifest["splits"].items():
+        masked = {name: n for name, n in domains.items() if ANSWERS[0] in n}
+        lines += [f"answers in {split} {name}: {_answers(n, manifest)}" for name, n in masked.items()]
     for domain, n in manifest.get("skipped", {}).items():
         lines.append(f"skipped in {domain}: {_left_out(n)}, such as {n['first'][0]}")
     for domain, number in manifest.get("duplicates", {}).items():
         lines.append(f"duplicates left out of {domain}: {number:,}")
     return "\n".join(lines)
+
+
+def _answers(n: dict[str, int], manifest: dict[str, Any]) -> str:
+    """What a loss mask leaves, and which documents the borders of sequences cut."""
+    share = n["answer_tokens"] / max(1, n["sequences"] * manifest["max_seq_len"])
+    return (
+        f"{n['answer_tokens']:,} tokens ({share:.1%}); {n['split_documents']:,} documents lie in more than one "
+        f"sequence, {n['longer_documents']:,} of them longer than one; {n['unanswered_sequences']:,} sequences "
+        "without an answer"
+    )
 
 
 def _left_out(skipped: dict[str, Any]) -> str:

@@ -1,22 +1,29 @@
 """One MDS directory, opened for random access and checked against its index.
 
 A sample has the columns `tokens` (T ids: an `ndarray` of whole numbers, or `bytes` of ids whose width is recognised,
-see `tokens.py`) and `set` (the domain's name). T = max_seq_len. There is no shared memory.
+see `tokens.py`) and `set` (the domain's name), and may have `loss_mask` (see `masks.py`). T = max_seq_len. There is no
+shared memory.
 """
+
+from __future__ import annotations
 
 import os
 import struct
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmshearing.data.mds.files import ShardFiles
+from llmshearing.data.mds.format import Shard
 from llmshearing.data.mds.index import read_index
-from llmshearing.data.mds.remote import Remote
+from llmshearing.data.mds.masks import COLUMN, unpacked
 from llmshearing.data.mds.tokens import LARGEST_VOCABULARY, as_ids, recognise
 from llmshearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    from llmshearing.data.mds.remote import Remote
 
 OPEN_FILES = 64  # a directory; a pass reads from 17 shards at a time
 LOOKED_AT = 64  # first samples by which the width of ids in a `bytes` column is recognised
@@ -56,6 +63,11 @@ class MdsDirectory:
         return max(shard.samples for shard in self._shards)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        ids, name, _ = self.read(index)
+        return ids, name
+
+    def read(self, index: int) -> tuple[np.ndarray, str, np.ndarray | None]:
+        """Ids int64 [T], domain, and loss mask bool [T]; None: the sample has none, and every token counts."""
         sample = self._sample(index)
         tokens = self._ids(index, sample)
         if tokens.size != self.max_seq_len:
@@ -68,7 +80,12 @@ class MdsDirectory:
                 f"{self.path}: sample {index} has token id {int(tokens.max())}, the model's vocab_size is "
                 f"{self.vocab_size}; the data was prepared with another tokenizer"
             )
-        return tokens.astype(np.int64), sample["set"]
+        return tokens.astype(np.int64), sample["set"], self._mask(index, sample)
+
+    @property
+    def masked(self) -> bool:
+        """Whether any of its samples has a loss mask."""
+        return any(COLUMN in shard.column_names for shard in self._shards)
 
     @property
     def kind(self) -> str:
@@ -108,6 +125,14 @@ class MdsDirectory:
         except ValueError as error:
             raise ShearingError(f"{self.path}: sample {index}: {error}; prepare the data again") from None
 
+    def _mask(self, index: int, sample: dict[str, Any]) -> np.ndarray | None:
+        if COLUMN not in sample:
+            return None
+        try:
+            return unpacked(sample[COLUMN], self.max_seq_len)
+        except ValueError as error:
+            raise ShearingError(f"{self.path}: sample {index}: {error}; prepare the data again") from None
+
     def _sample(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} samples, not one numbered {index}")
@@ -140,13 +165,13 @@ class MdsDirectory:
         return {**self.__dict__, "_open": {}}  # open files do not travel to another process
 
 
-def _decode(shard: Any, data: bytes) -> dict[str, Any]:
-    """The columns of a sample. Arrays of fixed shape directly, as Streaming parses their type anew each time."""
+def _decode(shard: Shard, data: bytes) -> dict[str, Any]:
+    """The columns of a sample. Arrays of fixed shape directly: their type is parsed anew each time otherwise."""
     if shard.column_names != ["set", "tokens"] or not (size := shard.column_sizes[1]):
-        return shard.decode_sample(data)
+        return shard.decode(data)
     _, kind, *shape = shard.column_encodings[1].split(":")
     if shape and "," in shape[0]:
-        return shard.decode_sample(data)
+        return shard.decode(data)
     (name,) = struct.unpack_from("<I", data)
     if len(data) != 4 + name + size:
         raise ValueError(f"a sample of {len(data)} bytes, not {4 + name + size}")

@@ -2,7 +2,7 @@
 
 Shapes: R ranks, B samples a rank and batch, G = B R samples a global batch, T = max_seq_len, K domains. A
 sample is `input_ids` int64 [T], `set` (index into set_names, int) and `sample` (id inside its MDS directory,
-int).
+int), and `loss_mask` bool [T] where the data have one.
 
 Every rank computes the same global sequence of positions and yields its own slice, so nothing is communicated
 and the sequence does not depend on R: rank r yields positions [bG + rB, bG + (r+1)B) of global batch b.
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from llmshearing.data.mds.masks import COLUMN
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.data.mixture.mixture import Draw, Mixture
 from llmshearing.data.mixture.reading import ReadAhead, Reads, Row, Sample
@@ -26,9 +27,10 @@ log = logging.getLogger(__name__)
 PADDING = -1  # `set` and `sample` of a row that only keeps ranks in step; it must count for nothing
 
 
-def as_sample(tokens: np.ndarray, domain: int, sample: int) -> Sample:
-    """One row of a batch; torch's default collation makes the ints int64 [B]."""
-    return {"input_ids": torch.from_numpy(tokens), "set": domain, "sample": sample}
+def as_sample(tokens: np.ndarray, domain: int, sample: int, mask: np.ndarray | None = None) -> Sample:
+    """One row of a batch; torch's default collation makes the ints int64 [B]. mask: bool [T]; None: no row has one."""
+    row = {"input_ids": torch.from_numpy(tokens), "set": domain, "sample": sample}
+    return row if mask is None else {**row, COLUMN: torch.from_numpy(mask)}
 
 
 class MixtureDataset(IterableDataset):
@@ -68,6 +70,7 @@ class MixtureDataset(IterableDataset):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.plain = plain
         self.max_seq_len = self.streams[0].max_seq_len  # Composer counts tokens with it
+        self.masked = any(stream.masked for stream in self.streams)
         self._resume_at = 0  # samples of the running epoch that were consumed before a resume
         self._reads = Reads(streams, set_names, plain)
         self._ahead: ReadAhead | None = None
@@ -184,7 +187,7 @@ class EvalDataset(IterableDataset):
         super().__init__()
         self.directory, self.set_names = directory, list(set_names)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.max_seq_len = directory.max_seq_len
+        self.max_seq_len, self.masked = directory.max_seq_len, directory.masked
         self.sets = self._read_sets()
         self.order = np.arange(len(directory))
         if subset_num_batches is not None and subset_num_batches >= 0:
@@ -229,9 +232,12 @@ class EvalDataset(IterableDataset):
             yield from map(self._read, rows[start : start + self.batch_size])
 
     def _read(self, row: int) -> Sample:
-        if row == PADDING:  # real tokens, so that nothing in the forward pass meets an odd value
-            return as_sample(self.directory[0][0], PADDING, PADDING)
-        return as_sample(self.directory[row][0], int(self.sets[row]), row)
+        padding = row == PADDING
+        # Of padding the first row's tokens, so that nothing in the forward pass meets an odd value.
+        ids, _, mask = self.directory.read(0 if padding else row)
+        if mask is None and self.masked:
+            mask = np.ones(len(ids), bool)
+        return as_sample(ids, PADDING if padding else int(self.sets[row]), row, mask)
 
 
 def fair_subset(sets: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Builds what the trainer iterates over. Imported by `train`; knows Composer's DataSpec and its ranks.
 
-A batch is a dict: `input_ids` int64 [B, T], `set` int64 [B] (index into set_names), `sample` int64 [B].
+A batch is a dict: `input_ids` int64 [B, T], `set` int64 [B] (index into set_names), `sample` int64 [B], and `loss_mask`
+bool [B, T] where the data have one.
 Evaluation pads: rows with `set` == -1 must count for nothing (see `dataset.EvalDataset`).
 """
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from llmshearing.data.mds.index import INDEX, broken_json
 from llmshearing.data.mds.manifest import MANIFEST, check_model
+from llmshearing.data.mds.masks import COLUMN
 from llmshearing.data.mds.remote import Remote
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.data.mixture.dataset import EvalDataset, MixtureDataset
@@ -25,6 +27,8 @@ from llmshearing.data.mixture.reading import join
 from llmshearing.errors import ShearingError
 
 log = logging.getLogger(__name__)
+
+NOTHING = 1e-30
 
 
 def build_train_dataloader(
@@ -90,7 +94,8 @@ def build_train_dataloader(
         timeout=timeout,
         context=multiprocessing_context,
     )
-    return DataSpec(_dataloader(dataset, pin_memory, collate_fn=join))
+    counted = {"get_num_tokens_in_batch": token_counts} if dataset.masked else {}
+    return DataSpec(_dataloader(dataset, pin_memory, collate_fn=join), **counted)
 
 
 def build_eval_dataloader(
@@ -142,6 +147,16 @@ def build_eval_dataloader(
         get_num_samples_in_batch=real_samples,
         get_num_tokens_in_batch=lambda batch: real_samples(batch) * batch["input_ids"].shape[1],
     )
+
+
+def token_counts(batch: Any) -> dict[str, Any]:
+    """Tokens of a training batch with a loss mask, by Composer's names: all, and those that count in the loss.
+
+    Composer weighs microbatches and ranks by the latter, and divides by their sum. Where a whole global batch has no
+    answer they share it evenly: NOTHING is lost beside a 1, and all NOTHINGs together are no 0.
+    """
+    answers = int(batch[COLUMN][:, 1:].sum())  # nothing predicts a sequence's first token
+    return {"total": batch["input_ids"].numel(), "loss_generating": float(answers) or NOTHING}
 
 
 def real_samples(batch: Any) -> int:

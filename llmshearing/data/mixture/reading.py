@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llmshearing.data.mds.masks import COLUMN
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.data.mixture.mixture import Draw, Mixture
 from llmshearing.errors import ShearingError
@@ -66,24 +67,30 @@ class Reads(Dataset):
     def __init__(self, streams: Sequence[MdsDirectory], set_names: Sequence[str], plain: bool) -> None:
         self.streams, self.set_names, self.plain = list(streams), list(set_names), plain
         self._set_index = SetIndex(set_names)
+        self.masked = any(stream.masked for stream in self.streams)
 
     def rows(self, wanted: Sequence[tuple[int, int]]) -> Rows:
-        """`input_ids` int64 [B, T], `set` int64 [B], `sample` int64 [B]; raises ShearingError for bad data."""
-        tokens, sets = [], []
+        """`input_ids` int64 [B, T], `set` int64 [B], `sample` int64 [B]; raises ShearingError for bad data.
+
+        With `loss_mask` bool [B, T] if any stream has one; in the others every token counts.
+        """
+        tokens, sets, masks = [], [], []
         for stream, sample in wanted:
             directory = self.streams[stream]
-            ids, name = directory[sample]
+            ids, name, mask = directory.read(sample)
             sets.append(self._set_index(name, directory.path))
             if not self.plain and self.set_names[stream] != name:
                 raise ShearingError(
                     f"{directory.path}: sample {sample} is of domain {name!r}, not {self.set_names[stream]!r}"
                 )
             tokens.append(ids)
-        return {
+            masks.append(np.ones(len(ids), bool) if mask is None else mask)
+        rows = {
             "input_ids": torch.from_numpy(np.stack(tokens)),
             "set": torch.tensor(sets),
             "sample": torch.tensor([sample for _, sample in wanted]),
         }
+        return {**rows, COLUMN: torch.from_numpy(np.stack(masks))} if self.masked else rows
 
     def __getitems__(self, wanted: list[tuple[int, int]]) -> dict[str, np.ndarray] | str:
         """`rows` for torch's workers, which would wrap an error in a traceback: its message is handed over instead.

@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
 
+from llmshearing.data.prepare.forms import TEXT, Conversations, Forms, Record, records
 from llmshearing.data.prepare.packing import Documents, split_of
+from llmshearing.data.text.conversations import Encoded as Answers
 from llmshearing.data.text.lines import Problem
-from llmshearing.data.text.sources import MAX_PROBLEMS, Chunk
+from llmshearing.data.text.sources import MAX_PROBLEMS, Chunk, Lines
 from llmshearing.data.text.tokenizer import TextTokenizer
 from llmshearing.errors import ShearingError
 from llmshearing.lookahead import in_order
@@ -55,21 +57,58 @@ class Recipe:
     eval_fraction: float
     for_prune_fraction: float
     dedup: bool
+    forms: Forms = field(default_factory=dict)
+    """Of files whose records are no texts."""
+    conversations: Conversations | None = None
+    """Encodes these records."""
 
     def encode(self, chunk: Chunk, wanted: Wanted) -> Encoded:
         """Parse a chunk and tokenize what belongs to the `wanted` splits."""
         problems: list[Problem] = []
+        form = TEXT if chunk.content is None else self.forms.get(chunk.content.path, TEXT)
+        if form != TEXT and isinstance(chunk.content, Lines) and self.conversations is not None:
+            splits = self._records(chunk.content, form, wanted, self.conversations, problems)
+            problems += chunk.problems
+        else:
+            splits = self._texts(chunk, wanted, problems)
+        said = [problem.said for problem in problems[:MAX_PROBLEMS]]
+        return Encoded(splits, said, Counter(problem.what for problem in problems))
+
+    def _texts(self, chunk: Chunk, wanted: Wanted, problems: list[Problem]) -> dict[str, Documents]:
         texts: dict[str, list[str]] = {split: [] for split in wanted}
         utf8: dict[str, list[bytes]] = {split: [] for split in wanted}
         for text in chunk.texts(self.text_field, problems):
             data = text.encode("utf-8")
-            split = split_of(data, self.seed, self.eval_fraction, self.for_prune_fraction)
+            split = self._split(data)
             if split in wanted:
                 texts[split].append(text)
                 utf8[split].append(data)
-        splits = {split: self._documents(texts[split], utf8[split]) for split in sorted(wanted) if texts[split]}
-        said = [problem.said for problem in problems[:MAX_PROBLEMS]]
-        return Encoded(splits, said, Counter(problem.what for problem in problems))
+        return {split: self._documents(texts[split], utf8[split]) for split in sorted(wanted) if texts[split]}
+
+    def _split(self, data: bytes) -> str:
+        return split_of(data, self.seed, self.eval_fraction, self.for_prune_fraction)
+
+    def _records(
+        self, content: Lines, form: str, wanted: Wanted, by: Conversations, problems: list[Problem]
+    ) -> dict[str, Documents]:
+        """All are encoded, wanted or not: what is wrong with one must not depend on how fast splits fill."""
+        found: dict[str, list[tuple[Record, Answers]]] = {split: [] for split in wanted}
+        for record in records(content, form, problems):
+            encoded = by.encode(record, problems)
+            if encoded is not None and (split := self._split(record.key)) in wanted:
+                found[split].append((record, encoded))
+        return {split: self._conversations(found[split]) for split in sorted(wanted) if found[split]}
+
+    def _conversations(self, pairs: list[tuple[Record, Answers]]) -> Documents:
+        """As they are: their own tokenizer or template has put BOS and EOS."""
+        tokens = np.concatenate([np.array(encoded.ids, self.dtype) for _, encoded in pairs])
+        mask = np.concatenate([np.array(encoded.answers, bool) for _, encoded in pairs])
+        lengths = np.array([len(encoded.ids) for _, encoded in pairs], np.int64)
+        sizes = np.array([record.size for record, _ in pairs], np.int64)
+        return Documents(tokens, lengths, sizes, self._digests(record.key for record, _ in pairs), mask)
+
+    def _digests(self, keys: Iterable[bytes]) -> list[bytes]:
+        return [hashlib.blake2b(key, digest_size=16).digest() for key in keys] if self.dedup else []
 
     def _documents(self, texts: list[str], utf8: list[bytes]) -> Documents:
         encoded = self.tokenizer.encode(texts)
@@ -80,8 +119,7 @@ class Recipe:
             stream.append(self.tokenizer.eos_id)
         lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
         sizes = np.array([len(data) for data in utf8], np.int64)
-        digests = [hashlib.blake2b(data, digest_size=16).digest() for data in utf8] if self.dedup else []
-        return Documents(np.frombuffer(stream, self.dtype), lengths, sizes, digests)
+        return Documents(np.frombuffer(stream, self.dtype), lengths, sizes, self._digests(utf8))
 
 
 class Encoders:

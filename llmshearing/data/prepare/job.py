@@ -16,6 +16,7 @@ from typing import Any
 from llmshearing.data.mds.manifest import SAMPLE
 from llmshearing.data.mds.remote import Upload
 from llmshearing.data.prepare.encoding import Encoders, Recipe, Wanted
+from llmshearing.data.prepare.forms import Conversations, Forms, has_answers
 from llmshearing.data.prepare.options import Options
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE, Packer
 from llmshearing.data.prepare.progress import PrepareProgress
@@ -84,6 +85,9 @@ class Job:
     progress: bool
     remote: str | None = None
     keep_local: bool = True
+    forms: dict[str, Forms] = field(default_factory=dict)
+    """By domain, of its files; those of a domain that is not named are texts."""
+    conversations: Conversations | None = None
     problems: list[str] = field(default_factory=list)
     """That end the run, with on_error=fail."""
 
@@ -122,16 +126,22 @@ class Job:
     def _recipe(self) -> Recipe:
         o = self.options
         fractions = (o.eval_fraction, o.for_prune_fraction)
-        return Recipe(self.tokenizer, o.text_field, self.dtype, o.seed, *fractions, o.dedup)
+        forms = {file: form for each in self.forms.values() for file, form in each.items()}
+        return Recipe(
+            self.tokenizer, o.text_field, self.dtype, o.seed, *fractions, o.dedup, forms, self.conversations
+        )
+
+    def _masked(self, name: str) -> bool:
+        return has_answers(self.forms.get(name, {}))
 
     def _open(self, name: str, store: PrepareProgress) -> Domain:
         """The domain as the last commit left it."""
         o, packers, writers = self.options, {}, {}
-        layout = Layout(o.max_seq_len, self.dtype, o.shard_size, o.compression)
+        layout = Layout(o.max_seq_len, self.dtype, o.shard_size, o.compression, self._masked(name))
         for split in o.fractions():
             writers[split] = PartWriter(self.root / split / name, name, layout, [])
             limit = o.limit(split, name, len(self.sources))
-            packers[split] = Packer(writers[split].write, o.max_seq_len, self.dtype, limit)
+            packers[split] = Packer(writers[split].write, o.max_seq_len, self.dtype, limit, masked=self._masked(name))
         domain = Domain(packers, writers)
         if (state := store.state(name)) is not None:
             domain.restore(state)
@@ -222,4 +232,10 @@ class Job:
             },
             "skipped": {name: d.state()["skipped"] for name, d in domains.items() if d.skipped},
             "duplicates": {name: number for name, number in duplicates.items() if number},
+            **self._told_of_masks(),
         }
+
+    def _told_of_masks(self) -> dict[str, Any]:
+        """`loss_mask`: the forms of each domain that has one; nothing where all is text."""
+        masked = {name: sorted(set(forms.values())) for name, forms in self.forms.items() if has_answers(forms)}
+        return {"loss_mask": masked} if masked else {}

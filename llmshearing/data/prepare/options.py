@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 
 from llmshearing.commands import parser as command_parser
+from llmshearing.data.mds.compression import NAMES
+from llmshearing.data.prepare.forms import AUTO, FORMS
 from llmshearing.data.prepare.packing import EVAL, FOR_FT, FOR_PRUNE
 from llmshearing.errors import ShearingError
 
@@ -33,6 +35,7 @@ class Options:
     dtype: str = "auto"
     shard_size: str = "64mb"
     compression: str | None = None
+    form: str = AUTO
 
     def fractions(self) -> dict[str, float]:
         """Share of the documents by split; splits without a share are not written."""
@@ -78,6 +81,8 @@ class Options:
                 said.append("proportions are shares of a split's tokens; give for_prune_tokens or another budget too")
         if self.on_error not in ("fail", "skip"):
             said.append(f"on_error is {self.on_error!r}; known are fail and skip")
+        if self.form not in (AUTO, *FORMS):
+            said.append(f"form is {self.form!r}; known are {', '.join((AUTO, *FORMS))}")
         if self.dtype not in ("auto", *LARGEST_ID):
             said.append(f"dtype is {self.dtype!r}; known are auto, uint16, uint32")
         said += self._shard_problems()
@@ -86,8 +91,7 @@ class Options:
         return said
 
     def _shard_problems(self) -> list[str]:
-        from streaming.base.compression import get_compressions  # brings torch, which worker processes do without
-        from streaming.base.util import bytes_to_int
+        from streaming.base.util import bytes_to_int  # brings torch, which worker processes do without
 
         said = []
         try:
@@ -96,8 +100,8 @@ class Options:
             size = 0
         if not 0 < size < 2**32:  # MDS counts a shard's bytes in 32 bits
             said.append(f"shard_size is {self.shard_size!r}; write it like 64mb, below 4gb")
-        if self.compression is not None and self.compression not in (known := get_compressions()):
-            names = sorted(name for name in known if ":" not in name)
+        if self.compression is not None and self.compression not in NAMES:
+            names = sorted(name for name in NAMES if ":" not in name)
             said.append(f"compression is {self.compression!r}; known are {', '.join(names)}, with a level as in zstd:7")
         return said
 
@@ -129,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     example = """
 python -m llmshearing.data.prepare --input corpus --tokenizer models/source \\
     --output data/mds --max_seq_len 4096 --eval_seqs 500
+python -m llmshearing.data.prepare --input chats --form chat --tokenizer models/source-instruct \\
+    --output data/answers --max_seq_len 4096
 """
     said = command_parser(
         "python -m llmshearing.data.prepare",
@@ -145,6 +151,11 @@ python -m llmshearing.data.prepare --input corpus --tokenizer models/source \\
     said.add_argument(
         "--text_field", default=Options.text_field, help="field or column of the text (default: %(default)s)"
     )
+    said.add_argument(
+        "--form", default=AUTO, choices=(AUTO, *FORMS),
+        help="of the records: text; prompt ({prompt, completion}) and chat ({messages}) get a loss mask of their "
+        "answers; auto: what the first record of each file is (default: %(default)s)",
+    )  # fmt: skip
     said.add_argument("--seed", type=int, default=Options.seed, help="of the split by hash (default: %(default)s)")
     shares = (("eval", Options.eval_fraction), ("for_prune", Options.for_prune_fraction))
     for split, share in shares:

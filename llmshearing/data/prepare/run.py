@@ -26,6 +26,7 @@ from llmshearing import files as durable
 from llmshearing.commands import run
 from llmshearing.data.mds.manifest import FORMAT, MANIFEST, read_manifest, table
 from llmshearing.data.prepare.encoding import WorkerDied
+from llmshearing.data.prepare.forms import AUTO, find_forms, load_conversations
 from llmshearing.data.prepare.inputs import describe_file, find_sources
 from llmshearing.data.prepare.options import Options, parser, resolve_dtype
 from llmshearing.data.prepare.packing import EVAL, EVAL_MERGE
@@ -75,12 +76,16 @@ def prepare(
         raise ShearingError(f"proportions are of {sorted(chosen.proportions)}; the domains are {sorted(sources)}")
     encoder = load_tokenizer(tokenizer, bos_token, eos_token)
     dtype = resolve_dtype(chosen.dtype, encoder.vocab_size)
+    forms = find_forms(sources, chosen.form, chosen.text_field)
+    conversations = load_conversations(tokenizer, forms, eos_token)
     request = {
-        "options": asdict(chosen),
+        "options": {key: value for key, value in asdict(chosen).items() if (key, value) != ("form", AUTO)},
         "tokenizer": encoder.fingerprint,
         "remote": remote,
         "sources": _describe(Path(input_dir), sources, progress),
     }
+    if conversations is not None:
+        request["chat_template"] = conversations.fingerprint
     if existing := _existing(output, request):
         log.info("nothing to do: %s already holds this data", output)
         return existing
@@ -88,7 +93,7 @@ def prepare(
     from llmshearing.data.prepare.job import PROGRESS, Job
 
     partial = _partial(output, request)
-    job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local)
+    job = Job(partial, sources, encoder, chosen, dtype, processes, progress, remote, keep_local, forms, conversations)
     try:
         manifest = {"format": FORMAT, **job.run(), "request": request}
         durable.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -156,6 +161,7 @@ def _existing(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     defaults = asdict(Options(max_seq_len=0))  # of options that are younger than the data
     found = {"remote": None, **manifest["request"]}
     found["options"] = {**defaults, **found["options"]}
+    request = {**request, "options": {**defaults, **request["options"]}}
     complete = all((output / split / d / "index.json").is_file() for split, d in _directories(manifest["splits"]))
     if found == request and complete:
         return manifest

@@ -17,6 +17,7 @@ import numpy as np
 from streaming import MDSWriter
 
 from llmshearing import files as durable
+from llmshearing.data.mds.masks import COLUMN, encoding, packed
 
 HASHES = ["xxh64"]  # recorded in index.json, checked when a shard is first read
 Shard = dict[str, Any]  # an entry of index.json
@@ -25,16 +26,21 @@ Transfer = Callable[[Path, Path], object]
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences are stored: T ids of `dtype` each, files of at most `shard_size`, compressed or not."""
+    """How sequences are stored: T ids of `dtype` each, files of at most `shard_size`, compressed or not.
+
+    `masked`: each with a loss mask.
+    """
 
     max_seq_len: int
     dtype: str
     shard_size: str
     compression: str | None
+    masked: bool = False
 
     def open(self, folder: Path) -> MDSWriter:
         """Streaming's writer to an absent or empty folder."""
         columns = {"tokens": f"ndarray:{self.dtype}:{self.max_seq_len}", "set": "str"}
+        columns |= {COLUMN: encoding(self.max_seq_len)} if self.masked else {}
         return MDSWriter(
             out=str(folder), columns=columns, hashes=HASHES, size_limit=self.shard_size, compression=self.compression
         )
@@ -49,12 +55,13 @@ class PartWriter:
         self._part = folder / ".part"
         self._writer: MDSWriter | None = None
 
-    def write(self, sequence: np.ndarray) -> None:
-        """Append a sequence [T] to the running part."""
+    def write(self, sequence: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append a sequence [T] to the running part, with its loss mask, bool [T], if the layout has one."""
         if self._writer is None:
             shutil.rmtree(self._part, ignore_errors=True)  # what a killed run left
             self._writer = self.layout.open(self._part)
-        self._writer.write({"tokens": sequence, "set": self.domain})
+        sample = {"tokens": sequence, "set": self.domain}
+        self._writer.write(sample if mask is None else {**sample, COLUMN: packed(mask)})
 
     def end_part(self) -> list[Path]:
         """Make the running part's shards the directory's; returns their files."""

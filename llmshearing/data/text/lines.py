@@ -49,7 +49,7 @@ def text_of(line: bytes, name: str) -> str | None:
         raise NoText(f"is not JSON: {error.msg} at column {error.colno}") from None
     text = document.get(name) if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise NoText(f"has no string in field {name!r}; it has {_shown(document)}")
+        raise NoText(f"has no string in field {name!r}; it has {shown(document)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
@@ -57,6 +57,22 @@ def text_of(line: bytes, name: str) -> str | None:
             raise NoText(_not_utf8(broken)) from None
         raise NoText(f"has a lone surrogate in field {name!r}, which is no text") from None
     return text
+
+
+def record_of(line: bytes) -> object:
+    """What a line holds, numbers included; None for a blank line. Bytes that are no UTF-8 become lone surrogates.
+
+    Raises NoText.
+    """
+    content = line.decode("utf-8", "surrogateescape").lstrip("\ufeff").strip()
+    if not content:
+        return None
+    try:
+        return json.loads(content, strict=False)
+    except json.JSONDecodeError as error:
+        raise NoText(f"is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # of digits, or of nesting, beyond Python's limits
+        raise NoText(f"is JSON that cannot be read: {error}") from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -86,7 +102,8 @@ def _flat(content: str) -> str:
     return "".join(parts) + (content[start:] if depth <= 1 else "")
 
 
-def _shown(document: object) -> str:
+def shown(document: object) -> str:
+    """The keys of an object, the first ones of many; the kind of anything else."""
     if not isinstance(document, dict):
         return type(document).__name__
     keys = sorted(document)

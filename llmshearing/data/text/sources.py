@@ -55,9 +55,13 @@ class Lines:
     first: int
     data: bytes
 
+    def numbered(self) -> Iterator[tuple[int, bytes]]:
+        """Each line with its number."""
+        yield from enumerate(_split(self.data), self.first)
+
     def texts(self, name: str, problems: list[Problem]) -> Iterator[str]:
         """The non-empty texts in the field `name`; `problems` grows by what is wrong, naming file:line."""
-        for number, line in enumerate(_split(self.data), self.first):
+        for number, line in self.numbered():
             try:
                 text = text_of(line, name)
             except NoText as error:

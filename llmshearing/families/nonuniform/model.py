@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llmshearing.families import table_for
 from llmshearing.families.nonuniform.config import NonUniformConfig
 from llmshearing.families.nonuniform.table import CLASS
+from llmshearing.families.stored import as_stored
 
 
 class NonUniformForCausalLM(PreTrainedModel):
@@ -22,6 +23,7 @@ class NonUniformForCausalLM(PreTrainedModel):
         layer_class = type(layers[0])  # type: ignore[index]
         own = [layer_class(config.of_layer(layer), layer) for layer in range(len(layers))]  # type: ignore[arg-type]
         setattr(self.get_submodule(parent), name, nn.ModuleList(own))
+        as_stored(self)  # transformers converts checkpoints of the family's own model type alone
         self.post_init()
 
 

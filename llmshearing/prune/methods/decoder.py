@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import COMMON_LAYERS
+from llmshearing.prune.calibration import IGNORED
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Decoder:
     layers: list[nn.Module]
     tuples: bool
 
-    def loss(self, batch: Tensor) -> float:
+    def loss(self, batch: Tensor, labels: Tensor | None = None) -> float:
         """See :func:`batch_loss`."""
-        return batch_loss(self.model, batch)
+        return batch_loss(self.model, batch, labels)
 
     def recorded(self, batch: Tensor) -> list[Tensor]:
         """What each layer reads, [B, T, d], and last what the last one writes."""
@@ -72,11 +73,19 @@ class Decoder:
 
 
 @torch.no_grad()
-def batch_loss(model: PreTrainedModel, batch: Tensor) -> float:
-    """Mean next-token cross-entropy of a batch [B, T], nats per token."""
+def batch_loss(model: PreTrainedModel, batch: Tensor, labels: Tensor | None = None) -> float:
+    """Mean next-token cross-entropy of a batch [B, T], nats per token; of labels [B, T] those that are IGNORED do not
+    count, None: all do. 0 where nothing counts."""
     ids = batch.to(model.device)
+    labels = ids if labels is None else labels.to(model.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # [B, T - 1, V]
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return loss.item() if weight(labels) else 0.0
+
+
+def weight(labels: Tensor) -> float:
+    """How many sequences' worth of tokens count in labels [B, T]: B where all do."""
+    return int((labels[:, 1:] != IGNORED).sum()) / max(1, labels.shape[1] - 1)
 
 
 def first(output: Any) -> Tensor:

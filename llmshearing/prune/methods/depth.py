@@ -31,7 +31,7 @@ from llmshearing.fold.selection import Selection, layer_gates
 from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import Calibration
 from llmshearing.prune.method import Choice, Method
-from llmshearing.prune.methods.decoder import Decoder, find_decoder, first
+from llmshearing.prune.methods.decoder import Decoder, find_decoder, first, weight
 
 WAYS = ("window", "greedy", "influence")
 
@@ -81,13 +81,14 @@ def _by(by: str, decoder: Decoder, calibration: Calibration, number: int) -> tup
 def window_losses(decoder: Decoder, calibration: Calibration, number: int) -> Tensor:
     """[L - k + 1] float64: loss without the ``number`` layers from each start on, nats per token."""
     starts = len(decoder.layers) - number + 1
-    total = torch.zeros(starts, dtype=torch.float64)
-    for batch in tqdm([*calibration.batches()], desc=f"windows of {number} layers", unit="batch"):
+    total, sequences = torch.zeros(starts, dtype=torch.float64), 0.0
+    for batch, labels in tqdm([*calibration.labelled()], desc=f"windows of {number} layers", unit="batch"):
         states = decoder.recorded(batch)
         for start in range(starts):
             with decoder.resumed(start + number - 1, states[start]):
-                total[start] += decoder.loss(batch) * len(batch)
-    return total / len(calibration.select)
+                total[start] += decoder.loss(batch, labels) * weight(labels)
+        sequences += weight(labels)
+    return total / sequences
 
 
 def greedy(decoder: Decoder, calibration: Calibration, number: int) -> tuple[list[int], list[float]]:
@@ -113,15 +114,16 @@ def greedy(decoder: Decoder, calibration: Calibration, number: int) -> tuple[lis
 
 def _losses_without_one(decoder: Decoder, calibration: Calibration, dropped: Sequence[int]) -> Tensor:
     """[L] float64: loss without the dropped layers and each one more; 0 for the first, the last and the dropped."""
-    total = torch.zeros(len(decoder.layers), dtype=torch.float64)
-    for batch in calibration.batches():
+    total, sequences = torch.zeros(len(decoder.layers), dtype=torch.float64), 0.0
+    for batch, labels in calibration.labelled():
         with decoder.without(dropped):
             states = decoder.recorded(batch)
         for layer in range(1, len(decoder.layers) - 1):
             if layer not in dropped:
                 with decoder.resumed(layer, states[layer], dropped):
-                    total[layer] += decoder.loss(batch) * len(batch)
-    return total / len(calibration.select)
+                    total[layer] += decoder.loss(batch, labels) * weight(labels)
+        sequences += weight(labels)
+    return total / sequences
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
     score of a unit = sum over sequences of (d loss / d gate)^2 at gate 1
 
+The loss of a sequence is the sum over its tokens that count, divided by all of them: sequences with few answers weigh
+little.
+
 The empirical Fisher information of the gates (Molchanov et al., arXiv 1906.10771; Kwon et al., arXiv 2204.09656). All
 kinds of units come from one forward and backward pass a sequence, through the gating of `llmshearing.fold.gating`. In a
 turned model (`llmshearing.prune.methods.turn`) hidden units go by their energy instead, or by their order where it was
@@ -29,7 +32,7 @@ from llmshearing.fold.selection import Selection, layer_gates
 from llmshearing.masks.l0 import selection_from_gates
 from llmshearing.progress import tqdm
 from llmshearing.prune.balance import add_tp, check_balance, keep_balanced
-from llmshearing.prune.calibration import Calibration
+from llmshearing.prune.calibration import IGNORED, Calibration, labels_of
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.method import ALL_SIZES, Choice, Method, frozen
 from llmshearing.prune.methods.depth import drop_least
@@ -124,8 +127,11 @@ def fisher_scores(
     gating = attach(model, table)
     try:
         with frozen(model):
-            for ids in tqdm(calibration.select, desc="fisher scores", unit="sequence"):
-                for kind, gradient in _gradients(model, table, gating, ids.to(model.device), shapes).items():
+            labels = labels_of(calibration.select, calibration.select_mask)
+            rows = [*zip(calibration.select, labels, strict=True)]
+            for ids, wanted in tqdm(rows, desc="fisher scores", unit="sequence"):
+                found = _gradients(model, table, gating, ids.to(model.device), wanted.to(model.device), shapes)
+                for kind, gradient in found.items():
                     total[kind] += gradient.double().square().cpu()
     finally:
         detach(model)
@@ -133,9 +139,14 @@ def fisher_scores(
 
 
 def _gradients(
-    model: PreTrainedModel, table: Table, gating: Any, ids: Tensor, shapes: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    table: Table,
+    gating: Any,
+    ids: Tensor,
+    labels: Tensor,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss of one sequence [T] to every gate, at 1."""
+    """Gradient of the loss of one sequence [T] with its labels to every gate, at 1."""
     gates = {
         kind: torch.ones(shape, dtype=model.dtype, device=ids.device, requires_grad=True)
         for kind, shape in shapes.items()
@@ -143,7 +154,11 @@ def _gradients(
     with torch.enable_grad():
         gating.set(selection_from_gates(table, gates))
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[1:])
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if (labels[1:] == IGNORED).any():
+            loss = F.cross_entropy(wide, labels[1:], ignore_index=IGNORED, reduction="sum") / len(wide)
+        else:
+            loss = F.cross_entropy(wide, labels[1:])
         found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
     return {
         kind: torch.zeros_like(gate) if gradient is None else gradient

@@ -64,11 +64,12 @@ class LossMonitor(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Take a microbatch's losses."""
-        self.metric.update(state.outputs["sample_loss"], state.batch["set"])
+        counts = state.outputs.get("counts")
+        self.metric.update(state.outputs["sample_loss"], state.batch["set"], counts)
         self.penalty = state.outputs["penalty"].detach() if "penalty" in state.outputs else None
         for name in FOLLOWED:
             if name in state.outputs:
-                self.followed[name].update(state.outputs[name], torch.zeros_like(state.batch["set"]))
+                self.followed[name].update(state.outputs[name], torch.zeros_like(state.batch["set"]), counts)
                 self.seen.add(name)
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -47,10 +47,11 @@ class FirstBatch(Callback):
         if self._done:
             return
         losses, sets = state.outputs["sample_loss"].detach().double().tolist(), state.batch["set"].tolist()
-        for loss, index in zip(losses, sets, strict=True):
+        counts = state.outputs["counts"].tolist() if "counts" in state.outputs else [1.0] * len(losses)
+        for loss, index, weight in zip(losses, sets, counts, strict=True):
             expected = self.recorded.get(self.set_names[index] if self.set_names else "")
             if expected is not None or not self.recorded:
-                self._sums += torch.tensor([loss, expected or 0.0, 1.0], dtype=torch.float64)
+                self._sums += weight * torch.tensor([loss, expected or 0.0, 1.0], dtype=torch.float64)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Compare, before the first step."""
