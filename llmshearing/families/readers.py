@@ -146,8 +146,7 @@ def with_shape(config: Any, table: Table, shape: Mapping[str, int | list[int]]) 
     plain = {**{key: value for key, value in values.items() if key != SIZES}, **apart, "model_type": kind}
     layers = max(len(size) if isinstance(size, list) else 1 for size in shape.values())
     each = [{key: _of(size, layer) for key, size in shape.items()} for layer in range(layers)]
-    largest = {key: max(size) if isinstance(size, list) else size for key, size in shape.items()}
-    changed, *own = (SimpleNamespace(**{**plain, **sizes}) for sizes in (largest, *each))
+    changed, *own = (SimpleNamespace(**{**plain, **sizes}) for sizes in (_widest(shape), *each))
     make = family_of(kind).table
     whole = make(changed, "group")
     if layers == 1:
@@ -199,3 +198,35 @@ def _candidates(table: Table, shape: Mapping[str, int]) -> Iterator[dict[str, in
             if 0 < units <= source[HIDDEN] and 0 < mlp <= source[INTERMEDIATE]:
                 moved = {keys[HIDDEN]: units, keys[HEADS]: number, keys[INTERMEDIATE]: mlp}
                 yield {**moved, **({keys[GROUPS]: of} if grouped else {})}
+
+
+def verdicts(
+    config: Any, table: Table, shape: Mapping[str, int | list[int]], names: Iterable[str] = ()
+) -> Iterator[str]:
+    """What every reader says of a target, line by line.
+
+    Args:
+        config, table: of the source. shape: as of :func:`with_shape`. names: of readers that the nearest shape is to
+            satisfy; none: all that take some shape near it.
+    """
+    refused = refusals(*with_shape(config, table, shape))
+    for name in READERS:
+        yield f"  {name}: " + (f"refuses: {'; '.join(refused[name])}" if name in refused else "takes it")
+    yield from (f"  hint: {hint}" for hint in hints(with_shape(config, table, shape)[1]))
+    wanted = [*names] or [name for name in READERS if nearest(config, table, _widest(shape), [name]) is not None]
+    if set(wanted) & set(refused):
+        yield nearest_said(config, table, shape, wanted)
+
+
+def nearest_said(config: Any, table: Table, shape: Mapping[str, int | list[int]], names: Iterable[str]) -> str:
+    """:func:`nearest` in words: the sizes that change."""
+    names = list(names)
+    found = nearest(config, table, _widest(shape), names)
+    if found is None:
+        return f"no shape near it is taken by {', '.join(names)}"
+    changed = {key: size for key, size in found.items() if size != shape[key]} or found
+    return f"nearest shape that {', '.join(names)} take: {' '.join(f'{key}={size}' for key, size in changed.items())}"
+
+
+def _widest(shape: Mapping[str, int | list[int]]) -> dict[str, int]:
+    return {key: max(size) if isinstance(size, list) else size for key, size in shape.items()}
