@@ -51,6 +51,10 @@ log = logging.getLogger(__name__)
 
 # Quark's names: they may stand in a target file, as they do in its config.json.
 QUARK_NUMBER = "delete_layer_num"
+SHARED = (
+    "output", "calibration", "device", "save_gpu_memory", "pad", "zero", "overwrite", "refit", "refit_ridge", "check",
+)  # fmt: skip
+"""Arguments of :func:`prune` that are no method's."""
 QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field")
 
 
@@ -104,7 +108,7 @@ def prune(
     check_directory(output, overwrite)
     if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise ShearingError(f"output {output} is the source; give another directory")
-    plan = make_plan(method, _config(model), {"save_gpu_memory": save_gpu_memory, **target}, options)
+    plan = plan_of(method, model, target, {**options, "save_gpu_memory": save_gpu_memory})
     data = _calibration(calibration, model, plan.config, sequences)
     if refit:
         _check_refit(plan, data, pad)
@@ -240,6 +244,13 @@ class Plan:
     target: Target
     options: dict[str, Any]
     one_layer: bool
+
+
+def plan_of(method: str, model: Path | str, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:
+    """What :func:`prune` would do with these arguments, whose own options are left out; raises as it does."""
+    own = {key: value for key, value in options.items() if key not in SHARED}
+    wanted = {"save_gpu_memory": options.get("save_gpu_memory", False), **target}
+    return make_plan(method, _config(model), wanted, own)
 
 
 def make_plan(name: str, config: PretrainedConfig, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:
