@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TASKS = {"arc_easy": "arc_easy", "piqa": "piqa", "openbookqa": "openbook_qa", "winogrande": "winogrande"}
 SNIPPET = 60  # characters of a held-out sequence by which its document is known
-RATES = {"lora": "5e-4", "full": "5e-5"}
+WAYS = ("lora", "full")
 
 
 def main() -> None:
@@ -51,12 +51,12 @@ def main() -> None:
     if not text.exists():
         write_text(options, text)
     steps = max(1, options.tokens // (options.batch * options.length))
-    seconds = {}
+    seconds, rates = {}, {"lora": options.lora_rate, "full": options.full_rate}
     for way in options.ways:
         more = ("--lora", "--rank", "16") if way == "lora" else ()
         seconds[way] = stage(
             way, out / way, "finetune", small, text, "--output", out / way, "--max_length", options.length,
-            "--batch_size", options.batch, "--max_steps", steps, "--learning_rate", RATES[way], "--save_every",
+            "--batch_size", options.batch, "--max_steps", steps, "--learning_rate", rates[way], "--save_every",
             options.save_every, *more,
         )  # fmt: skip
     report(options, small, steps, seconds)
@@ -78,7 +78,9 @@ def arguments() -> argparse.Namespace:
     said.add_argument("--documents", type=int, help="sequences of each domain to measure on (default: all)")
     said.add_argument("--limit", type=int, default=200, help="items of each task (%(default)s)")
     said.add_argument("--tasks", nargs="+", default=["arc_easy", "piqa"], choices=list(TASKS))
-    said.add_argument("--ways", nargs="+", default=list(RATES), choices=list(RATES))
+    said.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    said.add_argument("--lora_rate", type=float, default=5e-4, help="learning rate (%(default)s)")
+    said.add_argument("--full_rate", type=float, default=5e-5, help="learning rate (%(default)s)")
     said.add_argument("--save_every", type=int, default=50, help="steps to a checkpoint (%(default)s)")
     said.add_argument("--name", default="finetune", help="part of results/finetune.json (%(default)s)")
     said.add_argument("--output", type=Path, default=Path("out/finetune"), help="work folder (%(default)s)")
@@ -131,7 +133,8 @@ def report(options: argparse.Namespace, small: Path, steps: int, seconds: dict[s
     stage("evaluate", found / "evaluation.json", "evaluate", *words)
     result = json.loads((found / "evaluation.json").read_text())
     told = {"steps": steps, "tokens": steps * options.batch * options.length, "target": options.target}
-    told |= {key: getattr(options, key) for key in ("length", "batch", "samples", "documents")}
+    kept = ("length", "batch", "samples", "documents", "lora_rate", "full_rate")
+    told |= {key: getattr(options, key) for key in kept}
     told |= {"items": options.limit} if options.items else {}
     rows = {model["name"]: row_of(model) for model in result["models"]}
     path = save_part("finetune", options.name, {**told, "seconds": seconds, "models": rows})
