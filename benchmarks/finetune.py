@@ -131,6 +131,8 @@ def report(options: argparse.Namespace, small: Path, steps: int, seconds: dict[s
     stage("evaluate", found / "evaluation.json", "evaluate", *words)
     result = json.loads((found / "evaluation.json").read_text())
     told = {"steps": steps, "tokens": steps * options.batch * options.length, "target": options.target}
+    told |= {key: getattr(options, key) for key in ("length", "batch", "samples", "documents")}
+    told |= {"items": options.limit} if options.items else {}
     rows = {model["name"]: row_of(model) for model in result["models"]}
     path = save_part("finetune", options.name, {**told, "seconds": seconds, "models": rows})
     names = list(dict.fromkeys(key for row in rows.values() for key in row))

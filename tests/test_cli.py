@@ -28,8 +28,8 @@ def test_help_shows_the_way_and_every_command(capsys):
     assert max(map(len, text.splitlines())) <= 120
     way = text.partition("Commands")[0]
     steps = re.findall(r"^  llmshearing (data \S+|\S+)", way, flags=re.MULTILINE)
-    trained = ["data prepare", "target-loss", "train", "fold", "train", "convert"]
-    assert steps == [*trained, "prune", "finetune", "evaluate", "report"]
+    first = ["data prepare", "target-loss", "train", "fold", "train", "convert"]
+    assert steps == [*first, "prune", "finetune", "evaluate", "report"]
     assert len(way.splitlines()) <= 22
 
 

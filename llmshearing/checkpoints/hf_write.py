@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.arguments import LABEL
 from llmshearing.checkpoints.card import model_card, tokenizer_of
@@ -24,7 +24,8 @@ from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, read_
 from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.hf_config import CONFIG
 from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks_local, model_class
-from llmshearing.checkpoints.output import TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.checkpoints.output import PARITY, TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.checkpoints.parity import certify, hf_parity
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.portable import portable
@@ -44,15 +45,18 @@ def checkpoint_to_hf(
     *,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """Composer checkpoint -> Hugging Face directory.
 
     Args:
         given: facts to check against the checkpoint (vocab_size, ...); or model_class, dtype (float32, float16,
             bfloat16; default: as stored), tokenizer (directory, file or name), _name_or_path (the model's name).
+        check: load what was written and compare it (:mod:`llmshearing.checkpoints.parity`).
 
     Raises:
-        ShearingError: a fact is wrong or a key unknown; the checkpoint still has masks; the output is not empty.
+        ShearingError: a fact is wrong or a key unknown; the checkpoint still has masks; the output is not empty; or
+            what was written is another function.
     """
     output, given = Path(output), dict(given or {})
     check_directory(output, overwrite)
@@ -62,7 +66,7 @@ def checkpoint_to_hf(
     size = max_shard_size
     return export_hf(
         checkpoint.weights, checkpoint.info, output, given, where=str(checkpoint.path), max_shard_size=size,
-        overwrite=overwrite,
+        overwrite=overwrite, check=check,
     )  # fmt: skip
 
 
@@ -75,6 +79,7 @@ def export_hf(
     where: str,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """A model and what is known of it -> Hugging Face directory.
 
@@ -100,6 +105,7 @@ def export_hf(
         generation_config=info.generation_config,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        check=check,
     )
 
 
@@ -125,6 +131,8 @@ def write_hf_directory(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     extra: Callable[[Path], object] | None = None,
+    check: bool = False,
+    model: PreTrainedModel | None = None,
 ) -> Path:
     """Write what `AutoModelForCausalLM.from_pretrained` loads, under a temporary name, then rename.
 
@@ -135,9 +143,12 @@ def write_hf_directory(
         tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
         card: text of README.md. generation_config: None makes one from the config.
         extra: writes further files into the folder before it gets its name.
+        check: load what was written, compare it with the weights, and write `parity.json`. model: of the weights, in
+            float32, where there is one already.
 
     Raises:
         ShearingError: tensors and config disagree; the directory has something in it; the tokenizer cannot be loaded.
+        ParityError: the check failed; what was written is kept under another name.
     """
     directory, config = Path(directory), type(config).from_dict(config.to_dict())
     table = table_for(config)
@@ -162,6 +173,11 @@ def write_hf_directory(
             extra(folder)
         for file in folder.glob("*.safetensors"):  # safetensors makes files that their owner alone may read
             shutil.copymode(folder / "README.md", file)
+        if check:
+            parity = hf_parity(folder, stored, config, model)
+            certify(parity, folder, directory, folder / PARITY)
+    if check:
+        log.info("checked: %s", parity.said())
     log.info("wrote a %s (%s parameters) to %s", config.architectures[0], f"{table.count():,}", directory)
     return directory
 

@@ -205,13 +205,14 @@ def _train(
         held.append(KeepZeros(adapted, masks_of(adapted, source.table, source.zeroed)))
     arguments = training_arguments(options, where.checkpoints, steps, state.num_processes)
     arguments.ddp_find_unused_parameters = source.table.experts is not None
-    trainer = make_trainer(adapted, tokenizer, data, options, arguments, held)
     found = last_checkpoint(where.checkpoints)
+    # Not by evaluate(): before train() it leaves a model that accelerate would not wrap for several processes any more.
+    arguments.eval_on_start = bool(data.held_out) and found is None
+    trainer = make_trainer(adapted, tokenizer, data, options, arguments, held)
     if found is not None:
         log.info("going on from %s", found)
-    before = trainer.evaluate()[HELD_OUT] if data.held_out and found is None else None
     result = trainer.train(resume_from_checkpoint=str(found) if found is not None else None)
-    after = _held_out(trainer) if data.held_out else None
+    before, after = _held_out(trainer) if data.held_out else (None, None)
     if before is not None:
         log.info("held-out loss %.4f -> %.4f", before, after)
     for keep in held:
@@ -226,11 +227,11 @@ def _train(
     }
 
 
-def _held_out(trainer: Any) -> float:
-    """The loss at the end, which may be in the log already."""
-    last = [each for each in trainer.state.log_history if HELD_OUT in each][-1:]
-    known = [each[HELD_OUT] for each in last if each["step"] == trainer.state.global_step > 0]
-    return known[0] if known else trainer.evaluate()[HELD_OUT]
+def _held_out(trainer: Any) -> tuple[float | None, float]:
+    """The losses at the beginning and at the end, which may be in the log already."""
+    known = {each["step"]: each[HELD_OUT] for each in trainer.state.log_history if HELD_OUT in each}
+    last = trainer.state.global_step
+    return known.get(0), known[last] if last in known else trainer.evaluate()[HELD_OUT]
 
 
 def _write(

@@ -157,7 +157,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **more: Any) -> None:
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        if state.is_world_process_zero and state.max_steps and logs and HELD_OUT in logs:
+        if state.is_world_process_zero and logs and HELD_OUT in logs:
             log.info("step %d of %d: held-out loss %.4f", state.global_step, state.max_steps, logs[HELD_OUT])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -131,6 +131,9 @@ def _common(command: argparse.ArgumentParser) -> None:
         "--refit_ridge", type=float, default=0.1, help="how much a refit holds on to the cut tensors (%(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    command.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not load the result and compare it (parity.json)"
+    )
 
 
 def read_target(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def _work(options: dict[str, Any]) -> int:
     sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
     del options["method"]
     model, shards = options.pop("model"), options.pop("megatron", None)
-    others = ("pad", "zero", "save_gpu_memory") if model is None else ("prune_type", "config", "tokenizer")
+    others = ("pad", "zero", "save_gpu_memory", "check") if model is None else ("prune_type", "config", "tokenizer")
     options = {key: value for key, value in options.items() if key not in others}
     if model is None:
         if options.pop("refit", False):

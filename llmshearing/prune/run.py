@@ -81,6 +81,7 @@ def prune(
     overwrite: bool = False,
     refit: bool = False,
     refit_ridge: float = 0.1,
+    check: bool = True,
     **options: Any,
 ) -> Pruned:
     """Prune a Hugging Face model and write the result as one.
@@ -91,6 +92,7 @@ def prune(
         calibration: MDS data, JSONL or text; see `llmshearing.prune.calibration`. Without it there is no perplexity.
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
         refit, refit_ridge: fit what stays to what the source says, in closed form; see `llmshearing.prune.refit`.
+        check: load what was written and compare it with the model in memory.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
         zero: keep the source's shape, with zeros where units are closed, to be finetuned before it is folded.
         options: the method's own.
@@ -141,7 +143,7 @@ def prune(
     with _tokenizer(model, choice) as tokenizer:
         whole = table or plan.table
         report = partial(record_prune, name=output.resolve().name, table=whole, choice=choice, record=record)
-        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report)
+        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report, check=check)
     seconds = time.perf_counter() - start
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
@@ -178,8 +180,10 @@ def _check_zero(plan: Plan, pad: bool, refit: bool) -> None:
     shape = plan.table.shape()
     for size, kind in ((HIDDEN, "hidden"), (EXPERTS, EXPERT), (VOCAB, "vocab")):
         key = plan.table.keys.get(size)
-        wanted = plan.target.shape.get(key, shape.get(key)) if key is not None else None
-        if wanted is not None and min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
+        if key is None or key not in plan.target.shape:
+            continue
+        wanted = plan.target.shape[key]
+        if min(wanted if isinstance(wanted, list) else [wanted]) < shape[key]:
             raise ShearingError(f"cannot be zeroed, only cut: {key}: {WHY_NOT[kind]}")
 
 
