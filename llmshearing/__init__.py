@@ -10,7 +10,7 @@ from types import ModuleType
 from llmshearing import moved
 from llmshearing.onimport import when_imported
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 moved.install()
 
 
