@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,19 +75,6 @@ def _generate(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
     return torch.cat([whole[:, :-1], last.logits.float().log_softmax(-1)], dim=1)
 
 
-def _exported(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    class Scores(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
-
-    with torch.no_grad():
-        return torch.export.export(Scores(), (ids,), strict=False).module()(ids).float().log_softmax(-1)
-
-
 def _compiled(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
@@ -115,6 +103,7 @@ def _llama_cpp(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
     from llmshearing.gguf.convert import export_gguf
 
     weights, info = read_hf(folder, {})
+    info = replace(info, tokenizer=None)  # words with numbers, which are no pairs to merge
     file = export_gguf(weights, info, folder / "model.gguf", {}, where=str(folder), overwrite=True, check=False)
     return llama_cpp_scores(file, ids)
 
@@ -122,7 +111,6 @@ def _llama_cpp(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
 READERS: dict[str, tuple[str | None, Check]] = {
     "transformers": (None, _plain),
     "static cache": (None, _generate),
-    "torch.export": (None, _exported),
     "torch.compile": (None, _compiled),
     "accelerate": ("accelerate", _accelerate),
     "ctranslate2": ("ctranslate2", _ctranslate2),
@@ -130,7 +118,7 @@ READERS: dict[str, tuple[str | None, Check]] = {
 }
 """Name -> package that it needs beside torch and transformers, and how it computes log-probabilities."""
 FIVE = "transformers 5"
-NOT_RUN = ("PEFT", "lm-eval", "torchao", "vLLM", "TensorRT-LLM", "ExLlama", "MLX")
+NOT_RUN = ("PEFT", "lm-eval", "torch.export", "torchao", "vLLM", "TensorRT-LLM", "ExLlama", "MLX")
 
 
 def make(family: str, method: str, folder: Path, tiny: Callable[..., Any]) -> Path:

@@ -5,6 +5,7 @@ import torch
 from tiny import config_of
 from transformers import AutoModelForCausalLM
 
+from llmshearing.families.stored import as_stored
 from llmshearing.gguf.check import has_llama_cpp
 from llmshearing.gguf.tokenizer import NO_TOKENIZER
 from llmshearing.gguf.write import write_gguf
@@ -48,7 +49,7 @@ def model_of(family, variant="grouped", **changes):
     with torch.no_grad():  # so that norms, biases and routers matter, and logits are no noise
         for value in model.parameters():
             value.add_(0.2 * torch.randn_like(value))
-    return model
+    return as_stored(model)
 
 
 def write(model, path, dtype="f32", tokenizer=NO_TOKENIZER):

@@ -33,7 +33,7 @@ from llmshearing.checkpoints.parity import (
 )
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
-from llmshearing.families.gguf import layout_of
+from llmshearing.families.gguf import PROGRAM, layout_of
 from llmshearing.families.gguf.metadata import context
 from llmshearing.families.table import Table
 from llmshearing.gguf.arrange import from_file, ours, plan
@@ -143,7 +143,7 @@ def llama_cpp(path: Path, context: int = 64) -> Any:
     package = import_module(LLAMA_CPP)
     precise = package.GGML_TYPE_F32
     try:
-        return package.Llama(
+        return getattr(package, PROGRAM)(
             str(path), n_ctx=context, n_batch=context, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False,
             type_k=precise, type_v=precise, n_gpu_layers=0,
         )  # fmt: skip

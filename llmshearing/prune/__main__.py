@@ -216,8 +216,9 @@ def _work(options: dict[str, Any]) -> int:
         options.pop("refit_ridge", None)
         prune_shards(method, shards, target=target, sequences=sequences, **options)
     else:
-        plan = plan_of(method, model, target, options)
-        check_target(plan, readers)
+        if dry_run or readers:
+            plan = plan_of(method, model, target, options)
+            check_target(plan, readers)
         if dry_run:
             sys.stdout.write("\n".join(lines_of(plan, readers)) + "\n")
             return 0

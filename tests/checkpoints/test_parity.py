@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from llmshearing.checkpoints import checkpoint_to_hf, hf_to_checkpoint, hf_write, parity
 from llmshearing.checkpoints.hf_write import write_hf_directory
 from llmshearing.checkpoints.parity import ParityError, largest_difference, scores_of
+from llmshearing.families.stored import as_stored
 from llmshearing.prune import run
 from llmshearing.prune.run import prune
 
@@ -98,7 +99,7 @@ def test_a_model_too_large_for_memory_is_compared_by_tensors(source, tmp_path, m
 @pytest.mark.parametrize("family", ["gemma2", "mixtral", "gpt2", "opt"])
 def test_families_of_other_forms_pass_in_a_smaller_dtype(family, tmp_path):
     variant = next(iter(VARIANTS[family]))
-    model = AutoModelForCausalLM.from_config(config_of(family, variant))
+    model = as_stored(AutoModelForCausalLM.from_config(config_of(family, variant)))
     out = write_hf_directory(model.state_dict(), model.config, tmp_path / "out", dtype="bfloat16", check=True)
     assert certificate(out)["passed"]
 

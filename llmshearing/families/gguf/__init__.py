@@ -7,13 +7,14 @@ to split text. They stand among the families since they name tensors, config key
 
 from llmshearing.families.gguf.layouts import ARCHITECTURES, Layout, layout_of, problems_of
 from llmshearing.families.gguf.metadata import metadata_of, rope_factors
-from llmshearing.families.gguf.pretokenizers import BYTE_MODEL, PIECE_MODEL, PRETOKENIZERS, pretokenizer_of
+from llmshearing.families.gguf.pretokenizers import BYTE_MODEL, PIECE_MODEL, PRETOKENIZERS, PROGRAM, pretokenizer_of
 
 __all__ = [
     "ARCHITECTURES",
     "BYTE_MODEL",
     "PIECE_MODEL",
     "PRETOKENIZERS",
+    "PROGRAM",
     "Layout",
     "layout_of",
     "metadata_of",

@@ -23,6 +23,9 @@ def _cased(ending: str, digits: str) -> str:
     return f"{before}{UPPER}*{LOWER}+{ending}|{before}{UPPER}+{LOWER}*{ending}|{digits}{REST_SLASH}"
 
 
+PROGRAM = "Llama"
+"""The class of llama.cpp's package for Python that runs a file."""
+
 BYTE_MODEL, PIECE_MODEL = "gpt2", "llama"
 """`tokenizer.ggml.model` of byte-level BPE, and of SentencePiece with merges."""
 
