@@ -1,13 +1,15 @@
 # One virtual environment, built once; everything else runs from it.
 #   make            lists the targets
 #   PYTHON=...      a Python 3.10-3.12 to build it with (otherwise the first that works is taken)
+#   STACK=current   the newest torch and transformers in place of those that Composer pins, in .venv-current
 #   VENV=...        where it stands (.venv)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install check test faults shear smollm2 clean
 
-VENV ?= .venv
+STACK ?= default
+VENV ?= $(if $(filter current,$(STACK)),.venv-current,.venv)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Candidates are tried by running them: a shim of the right name may exist and still fail.
@@ -19,7 +21,25 @@ help:  ## list the targets
 
 install: $(STAMP)  ## create the virtual environment and install the package, once
 
-$(STAMP): setup.py requirements.txt
+ifeq ($(filter default current,$(STACK)),)
+$(error STACK=$(STACK): known are default and current)
+endif
+
+# What needs no Composer; of what does, a short run of training.
+CORE_TESTS := tests/families tests/fold tests/masks tests/storage tests/prune tests/checkpoints tests/evaluate \
+  tests/megatron/test_convert.py tests/megatron/test_bad_shards.py tests/megatron/test_prune_shards.py \
+  tests/data/test_mds_format.py tests/test_imports.py tests/test_files.py tests/test_commands.py tests/test_stacks.py
+TRAIN_TESTS := tests/training/test_families.py tests/training/test_loss.py
+
+ifeq ($(STACK),current)
+WHAT := -r requirements-current.txt -e '.[test,examples]'
+TESTS := $(CORE_TESTS) $(TRAIN_TESTS)
+else
+WHAT := -e '.[train,dev,examples]'
+TESTS :=
+endif
+
+$(STAMP): setup.py requirements.txt requirements-current.txt
 	@set -e; found=; \
 	for python in $(CANDIDATES); do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
@@ -31,7 +51,12 @@ $(STAMP): setup.py requirements.txt
 	fi; \
 	echo "building $(VENV) with $$("$$found" --version) ($$found)"; \
 	"$$found" -m venv $(VENV)
-	$(PY) -m pip install -e '.[dev,examples]'
+	$(PY) -m pip install $(WHAT)
+ifeq ($(STACK),current)
+	$(PY) -m pip install --no-deps $$(grep -E '^mosaicml' requirements.txt)
+	@$(PY) -c 'import torchvision' 2>/dev/null || \
+	  cp stacks/torchvision.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+endif
 	@touch $@
 
 check: $(STAMP)  ## lint, types, shell syntax
@@ -39,8 +64,8 @@ check: $(STAMP)  ## lint, types, shell syntax
 	$(PY) -m mypy
 	@for script in .ci/run llmshearing/scripts/*.sh; do bash -n "$$script" || exit 1; done
 
-test: $(STAMP)  ## every test, the slow ones included
-	$(PY) -m pytest -n 2
+test: $(STAMP)  ## every test, the slow ones included; with STACK=current those of the core and short training
+	$(PY) -m pytest -n 2 $(TESTS)
 
 faults: $(STAMP)  ## the long fault suite: runs killed at random, a report of what they survived
 	$(PY) tests/faults/campaign.py --report benchmarks/results/faults.json
@@ -52,4 +77,4 @@ smollm2: $(STAMP)  ## the same pipeline on SmolLM2-135M
 	$(PY) -m examples.smollm2.run
 
 clean:  ## remove the virtual environment and tool caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-current .mypy_cache .ruff_cache .pytest_cache .hypothesis

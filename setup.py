@@ -27,6 +27,15 @@ CORE, TRAIN = read_requirements()
 EVAL = ["lm_eval>=0.4.13,<0.5", "datasets>=4", "accelerate>=1.1", "matplotlib>=3.8"]
 FINETUNE = ["peft>=0.17", "accelerate>=1.1"]
 MEGATRON = "megatron-core==0.16.1"
+TEST = [
+    "pyarrow>=15",
+    "matplotlib>=3.8",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "psutil>=5.9",
+    "hypothesis>=6.100",
+]
 EXTRAS = {
     # Composer and Streaming as they pin, and what only training uses
     "train": TRAIN,
@@ -34,6 +43,8 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.5"],
     # what examples/ and `make shear`, `make smollm2` use beyond the package itself
     "examples": ["gguf>=0.17"],
+    # files for llama.cpp: llmshearing convert ... out.gguf
+    "gguf": ["gguf>=0.17"],
     # Parquet files as input of llmshearing.data.prepare
     "parquet": ["pyarrow>=15"],
     # plots of llmshearing.data.mixture.target_loss
@@ -44,20 +55,21 @@ EXTRAS = {
     "finetune": FINETUNE,
     # a short training of shards in GPTModel (llmshearing.megatron.core); converting and pruning need none of it
     "megatron": [MEGATRON],
+    # what the tests of the core need, on any stack
+    "test": TEST,
     "dev": [
+        *TEST,
         *EVAL,
         *FINETUNE,
         MEGATRON,
-        "pyarrow>=15",
         # an S3 service on loopback; not moto[server], whose antlr4 is too new for omegaconf
         "moto[s3]>=5",
         "flask>=2.2",
         "flask-cors>=4",
-        "pytest>=8.2",
-        "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
-        "psutil>=5.9",
-        "hypothesis>=6.100",
+        # wheel and sdist
+        "build>=1.2",
+        "twine>=5",
+        "setuptools>=70.1",
         "ruff>=0.8",
         "mypy>=1.11",
         "types-PyYAML",

@@ -78,10 +78,10 @@ from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.data.mixture.mixture import Mixture
 
 class Simulated:
-    max_seq_len, path, block = 16, "simulated", 8192
+    max_seq_len, path, block, masked = 16, "simulated", 8192, False
     def __init__(self, size): self.size = size
     def __len__(self): return self.size
-    def __getitem__(self, index): return np.zeros(16, np.int64), "ab"[self.size % 2]
+    def read(self, index): return np.zeros(16, np.int64), "ab"[self.size % 2], None
 
 size = int(sys.argv[1])
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far, of the imports, is forgotten

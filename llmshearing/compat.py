@@ -30,6 +30,10 @@ HEADS_DIVIDE_HIDDEN = FIVE
 MODULES_AS_STORED = not FIVE
 """Whether modules carry the names that tensors have on disk. 5 renames some, and fuses experts (`families.stored`)."""
 
+EAGER_EXPERTS = {"experts_implementation": "eager"} if FIVE else {}
+"""Option of from_pretrained for mixtures of experts of any width. 5's own choice refuses rows of a weight that are no
+multiple of 16 bytes ("strides should be multiple of 16 bytes")."""
+
 FEWEST_HEADS = 1 if FIVE else 0
 """Query heads of a row without which attention fails."""
 

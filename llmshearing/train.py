@@ -21,6 +21,7 @@ from llmshearing import files as durable
 from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.errors import ShearingError, Stopped
+from llmshearing.families.readers import verdicts
 from llmshearing.training.build import build_trainer
 from llmshearing.training.callbacks.fold import FoldAt, FoldDue
 from llmshearing.training.handover import Folded, without_masks
@@ -149,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
             source = read_source(cfg)
             build_masks(source, cfg)
             sys.stdout.write(f"{to_yaml(cfg)}\n{describe(source, cfg)}\n")
+            if source.target is not None:
+                said = verdicts(source.config, source.table, source.target)
+                sys.stdout.write("\n".join(["readers of the target:", *said, ""]))
         else:
             train(cfg)
         return 0

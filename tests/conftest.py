@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout that was not installed is tested too
 # Processes that a test starts find the same checkout and take as few threads.
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Under `-n` every process has a core to itself: a second thread would only wait for it.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 settings.register_profile(
@@ -29,6 +31,31 @@ ALONE = ("distributed/", "faults/", "training/test_distributed.py", "test_pipeli
          "megatron/test_core.py", "megatron/test_scripts.py")  # fmt: skip
 
 
+# Then the files of few tests that take minutes: what is long and starts last keeps one process waiting for the other.
+LONG = ("test_readme.py", "checkpoints/test_sharded.py", "storage/test_sharded.py", "storage/test_memory.py",
+        "test_cli.py", "training/test_onerun.py", "families/test_conformance.py")  # fmt: skip
+
+
+def scope(nodeid: str) -> str:
+    """What runs in one process, in turn: a file, or all that start ranks."""
+    name = nodeid.partition("::")[0].removeprefix("tests/")
+    return "ranks" if name.startswith(ALONE) else name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2`: the longest first, then by numbers of tests."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    counts = Counter(scope(item.nodeid) for item in items)
+    places = {name: place for place, name in enumerate(("ranks", *LONG))}
+
+    def place(item: pytest.Item) -> tuple[int, int, str]:
+        name = scope(item.nodeid)
+        return places.get(name, len(places)), -counts[name], name
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Under `pytest -n 2` (make test): the tests of a file, and all that are not to meet others of their kind, in turn.
@@ -39,9 +66,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            name = nodeid.partition("::")[0].removeprefix("tests/")
-            return "ranks" if name.startswith(ALONE) else name
+            return scope(nodeid)
 
+    config.option.loadscopereorder = False  # the order is that of the collection
     return ByFile(config, log)
 
 

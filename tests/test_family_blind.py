@@ -46,7 +46,9 @@ WORDS = families_words()
 def words_in(path: Path) -> set[str]:
     """Identifiers and parts of strings of a file, docstrings and comments too."""
     found: set[str] = set()
-    text = path.read_text().replace("Sheared LLaMA", "")  # the paper
+    text = path.read_text()
+    for name in ("Sheared LLaMA", "llama.cpp", "llama-cpp-python"):  # a paper and a program
+        text = text.replace(name, "")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.NAME, tokenize.STRING, tokenize.COMMENT):
             found |= set(re.findall(r"[A-Za-z_][A-Za-z_0-9]*", token.string.lower()))

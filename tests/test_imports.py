@@ -18,6 +18,7 @@ LAYERS = [
     {"fold", "data"},
     {"masks", "report"},
     {"checkpoints"},
+    {"gguf"},
     {"megatron"},
     {"prune", "checkpoint"},
     {"training"},

@@ -1,7 +1,7 @@
 """The quickstart, `make shear`: shear a real model on real text, end to end, by the commands that users type.
 
     corpus -> data                                                      out/quickstart/{corpus,data}
-    turn -> fisher -> tie -> recover -> Hugging Face                    {turned,half,tied,recover,hf}
+    turn -> fisher, refit -> tie -> recover -> Hugging Face             {turned,half,tied,recover,hf}
     random selection -> continue -> Hugging Face                        {random,continue-random,hf-random}
     learned masks -> fold -> continue -> Hugging Face (as published)    {prune,continue,hf-published}
 
@@ -150,7 +150,7 @@ def shrinking(cfg: Config) -> dict[str, int]:
 
 
 def cut(out: Path, target: dict[str, int]) -> None:
-    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again.
+    """The model of the target's shape: turned, cut where its loss depends least on units, refitted, tied again.
 
     target: see :func:`shrinking`.
     """
@@ -163,8 +163,8 @@ def cut(out: Path, target: dict[str, int]) -> None:
         "--tie_at", width, *data,
     )  # fmt: skip
     command(
-        "choose", half, "llmshearing.prune", "fisher", "--model", str(turned), "--output", str(half), *data, "--target",
-        *sizes,
+        "choose", half, "llmshearing.prune", "fisher", "--model", str(turned), "--output", str(half), "--refit",
+        *data, "--target", *sizes,
     )  # fmt: skip
     command("tie", tied, "llmshearing.prune", "tie", "--model", str(half), "--output", str(tied))
 

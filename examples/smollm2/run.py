@@ -1,7 +1,7 @@
 """`make smollm2`: shear SmolLM2-135M on a CPU, end to end, by the commands that users type.
 
     source -> corpus -> data                                            out/smollm2/{source,corpus,data}
-    turn -> fisher -> tie -> recover -> Hugging Face                    {turned,half,tied,recover,hf}
+    turn -> fisher, refit -> tie -> recover -> Hugging Face             {turned,half,tied,recover,hf}
     learned masks -> fold -> continue -> Hugging Face (as published)    {prune,continue,hf-published}
 
 30 layers, hidden 576, 3 KV groups, intermediate 1536 become 22 layers, 384, 2 and 1024. The training is short (see
@@ -39,8 +39,8 @@ SEPARATOR = "<|endoftext|>"
 """Between documents in SmolLM2's pretraining; its BOS and EOS belong to chat messages."""
 EVAL_BATCH = 4
 """Sequences of 256 tokens: their logits over 49,152 tokens take 200 MB."""
-CHOOSE_BY = "32"
-"""Sequences of 256 tokens that units are chosen by."""
+CHOOSE_BY = "128"
+"""Sequences of 256 tokens that units are chosen by, and tensors refitted to."""
 PROMPTS = ("The capital of France is", "def __init__(self, ", "Returns a list of ")
 
 
@@ -95,7 +95,7 @@ def stages(out: Path) -> None:
 
 
 def cut(out: Path) -> None:
-    """The model of the target's shape: turned, cut where its loss depends least on the units, tied again."""
+    """The model of the target's shape: turned, cut where its loss depends least on units, refitted, tied again."""
     target = target_shape(load_config(PRUNE))
     sizes = {
         "hidden_size": target.hidden,
@@ -111,7 +111,7 @@ def cut(out: Path) -> None:
         target.hidden, *data,
     )  # fmt: skip
     shape = [f"{key}={size}" for key, size in sizes.items()]
-    stage("choose", half, prune, "fisher", "--model", turned, "--output", half, *data, "--target", *shape)
+    stage("choose", half, prune, "fisher", "--model", turned, "--output", half, "--refit", *data, "--target", *shape)
     stage("tie", tied, prune, "tie", "--model", half, "--output", tied)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -24,6 +25,7 @@ from llmshearing.checkpoints.generation import constructible
 from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
+from llmshearing.families.portable import portable
 from llmshearing.families.table import Table
 from llmshearing.masks.l0 import L0Masks, no_energy
 from llmshearing.storage import Archive, LazyTensor, LazyTensors, lazily, open_archive, write_torch_file
@@ -70,8 +72,8 @@ class CheckpointInfo:
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
-    """A config as JSON would keep it; torch dtypes become names."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
+    """A config as JSON would keep it, under keys that transformers 4.57 and 5 read; torch dtypes become names."""
+    return json.loads(json.dumps(portable(config.to_dict()), default=str))
 
 
 MAPPINGS = ("hf_config", "masks", "generation_config", "evaluation")  # saved by a run as lists of pairs
@@ -230,9 +232,9 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
         )
     try:
         config = AutoConfig.for_model(**{"model_type": DEFAULT.name, **foreign})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
-    return CheckpointInfo(config.to_dict(), history=[f"read {file.name}, which does not tell how it was made"])
+    return CheckpointInfo(plain_config(config), history=[f"read {file.name}, which does not tell how it was made"])
 
 
 def _mapping(value: Any) -> Any:

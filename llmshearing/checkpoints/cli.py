@@ -52,13 +52,18 @@ def conversion_options(said: argparse.ArgumentParser) -> None:
     )
     said.add_argument("--max_shard_size", default="5GB", help="largest safetensors file (%(default)s)")
     said.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    said.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not load the result and compare it (parity.json)"
+    )
 
 
 def convert_plain(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Between Composer's checkpoints and Hugging Face directories; the source says the direction."""
     if is_checkpoint(options.source):
-        size, overwrite = options.max_shard_size, options.overwrite
-        checkpoint_to_hf(options.source, options.destination, given, max_shard_size=size, overwrite=overwrite)
+        checkpoint_to_hf(
+            options.source, options.destination, given, max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite, check=options.check,
+        )  # fmt: skip
     else:
         hf_to_checkpoint(options.source, options.destination, given, overwrite=options.overwrite)
 

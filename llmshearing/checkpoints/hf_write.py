@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmshearing.checkpoints.arguments import LABEL
 from llmshearing.checkpoints.card import model_card, tokenizer_of
 from llmshearing.checkpoints.checkpoint import Checkpoint, CheckpointInfo, read_checkpoint
 from llmshearing.checkpoints.generation import writable
+from llmshearing.checkpoints.hf_config import CONFIG
 from llmshearing.checkpoints.hf_read import DTYPES, SETTABLE, check_given, looks_local, model_class
-from llmshearing.checkpoints.output import TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.checkpoints.output import PARITY, TOKENIZER_FILES, check_directory, new_directory
+from llmshearing.checkpoints.parity import certify, hf_parity
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.families.portable import portable
 from llmshearing.progress import tqdm
 from llmshearing.storage import LazyTensor, find_file, lazily, write_safetensors
 from llmshearing.storage.dtypes import cast_lazily, main_dtype
@@ -42,15 +45,18 @@ def checkpoint_to_hf(
     *,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """Composer checkpoint -> Hugging Face directory.
 
     Args:
         given: facts to check against the checkpoint (vocab_size, ...); or model_class, dtype (float32, float16,
             bfloat16; default: as stored), tokenizer (directory, file or name), _name_or_path (the model's name).
+        check: load what was written and compare it (:mod:`llmshearing.checkpoints.parity`).
 
     Raises:
-        ShearingError: a fact is wrong or a key unknown; the checkpoint still has masks; the output is not empty.
+        ShearingError: a fact is wrong or a key unknown; the checkpoint still has masks; the output is not empty; or
+            what was written is another function.
     """
     output, given = Path(output), dict(given or {})
     check_directory(output, overwrite)
@@ -60,7 +66,7 @@ def checkpoint_to_hf(
     size = max_shard_size
     return export_hf(
         checkpoint.weights, checkpoint.info, output, given, where=str(checkpoint.path), max_shard_size=size,
-        overwrite=overwrite,
+        overwrite=overwrite, check=check,
     )  # fmt: skip
 
 
@@ -73,6 +79,7 @@ def export_hf(
     where: str,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    check: bool = True,
 ) -> Path:
     """A model and what is known of it -> Hugging Face directory.
 
@@ -98,6 +105,7 @@ def export_hf(
         generation_config=info.generation_config,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        check=check,
     )
 
 
@@ -123,6 +131,8 @@ def write_hf_directory(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     extra: Callable[[Path], object] | None = None,
+    check: bool = False,
+    model: PreTrainedModel | None = None,
 ) -> Path:
     """Write what `AutoModelForCausalLM.from_pretrained` loads, under a temporary name, then rename.
 
@@ -133,9 +143,12 @@ def write_hf_directory(
         tokenizer_required: whether a tokenizer that cannot be had is an error, or a warning.
         card: text of README.md. generation_config: None makes one from the config.
         extra: writes further files into the folder before it gets its name.
+        check: load what was written, compare it with the weights, and write `parity.json`. model: of the weights, in
+            float32, where there is one already.
 
     Raises:
         ShearingError: tensors and config disagree; the directory has something in it; the tokenizer cannot be loaded.
+        ParityError: the check failed; what was written is kept under another name.
     """
     directory, config = Path(directory), type(config).from_dict(config.to_dict())
     table = table_for(config)
@@ -152,6 +165,7 @@ def write_hf_directory(
         stored = {name: cast_lazily(name, value, wanted[name]) for name, value in once.items()}
         _write_shards(stored, folder, max_shard_size)
         config.save_pretrained(folder)
+        _write_config(folder / CONFIG, type(config)())
         settings.save_pretrained(folder)
         _tokenizer(tokenizer, tokenizer_required, folder, directory)
         (folder / "README.md").write_text(card or model_card(CheckpointInfo(config.to_dict()), name=directory.name))
@@ -159,6 +173,11 @@ def write_hf_directory(
             extra(folder)
         for file in folder.glob("*.safetensors"):  # safetensors makes files that their owner alone may read
             shutil.copymode(folder / "README.md", file)
+        if check:
+            parity = hf_parity(folder, stored, config, model)
+            certify(parity, folder, directory, folder / PARITY)
+    if check:
+        log.info("checked: %s", parity.said())
     log.info("wrote a %s (%s parameters) to %s", config.architectures[0], f"{table.count():,}", directory)
     return directory
 
@@ -171,6 +190,24 @@ def _wanted(
         return {name: dtype.get(name, tensor.dtype) for name, tensor in tensors.items()}
     one = DTYPES[dtype] if isinstance(dtype, str) else dtype
     return {name: one or tensor.dtype for name, tensor in tensors.items()}
+
+
+USUAL = {
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": True, "is_decoder": False,
+    "add_cross_attention": False,
+}  # fmt: skip
+"""What a config that does not say otherwise means."""
+
+
+def _write_config(path: Path, default: PretrainedConfig) -> None:
+    """The file again, in the form that transformers 4.57 and 5 both read; all but their version is then the same.
+
+    5 writes the usual values too, 4.57 does so where the family's default is another.
+    """
+    values = portable(json.loads(path.read_text()))
+    needless = {key for key, usual in USUAL.items() if getattr(default, key, usual) == usual}
+    values = {key: value for key, value in values.items() if key not in needless or value != USUAL[key]}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _write_shards(tensors: Mapping[str, LazyTensor], folder: Path, max_shard_size: str) -> None:

@@ -28,9 +28,11 @@ TOKENIZER_FILES = (
 SELECTION, REPORT = "selection.safetensors", "prune.json"
 FINETUNING = "finetune.json"
 """What the finetune command keeps beside a model."""
+PARITY = "parity.json"
+"""The certificate of an export (`checkpoints/parity.py`)."""
 _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
-    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(FINETUNING)}"
+    rf"|{re.escape(SELECTION)}|{re.escape(REPORT)}|{re.escape(FINETUNING)}|{re.escape(PARITY)}"
     rf"|{re.escape(RUN_FILE)}|{re.escape(PAGE_FILE)}"
 )
 

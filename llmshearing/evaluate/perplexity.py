@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmshearing.data.mds.manifest import check_tokenizer
 from llmshearing.errors import ShearingError
-from llmshearing.evaluate.texts import Data, TextDomain, TokenDomains, counts_of
+from llmshearing.evaluate.texts import Data, TextDomain, TokenDomains, Tokens, counts_of
 from llmshearing.evaluate.windows import sequence_losses
 from llmshearing.progress import tqdm
 
@@ -159,13 +160,13 @@ def _of_tokens(
     if data.recorded is not None and tokenizer is not None:
         check_tokenizer(data.recorded, Path(tokenizer.name_or_path))
     domains = data.sequences(model.config.vocab_size, options.documents)
-    length = max((len(row) for rows in domains.values() for row in rows), default=0)
+    length = max((len(row.ids) for rows in domains.values() for row in rows), default=0)
     width, stride = sizes(model, options, length or WIDEST)
     sums = {}
     for domain, rows in domains.items():
         sums[domain] = _scored(model, rows, (width, stride, options.batch_size), f"{name} {domain}".strip())
         if tokenizer is not None:
-            texts = tokenizer.batch_decode([row[1:] for row in rows], skip_special_tokens=True)
+            texts = tokenizer.batch_decode([row.scored() for row in rows], skip_special_tokens=True)
             sums[domain].words, sums[domain].bytes = (counts_of(texts)[key] for key in ("words", "bytes"))
     return sums, {"window": width, "stride": stride, "bos": None, "data": str(data.path)}
 
@@ -182,8 +183,8 @@ def _of_texts(
     sums = {}
     for domain in data:
         texts = list(domain.documents(options.documents))
-        rows = list(_encoded(tokenizer, texts, [] if first is None else [first]))
-        if (highest := max((max(row) for row in rows if row), default=0)) >= model.config.vocab_size:
+        rows = [Tokens(ids) for ids in _encoded(tokenizer, texts, [] if first is None else [first])]
+        if (highest := max((max(row.ids) for row in rows if row.ids), default=0)) >= model.config.vocab_size:
             said = f"the tokenizer gives id {highest}, the model's vocab_size is {model.config.vocab_size}"
             raise ShearingError(f"{said}: they do not belong together; give --tokenizer DIRECTORY")
         sums[domain.name] = _scored(model, rows, (width, stride, options.batch_size), f"{name} {domain.name}".strip())
@@ -215,14 +216,17 @@ def sizes(model: PreTrainedModel, options: LossOptions, default: int) -> tuple[i
     return width, stride
 
 
-def _scored(model: PreTrainedModel, rows: Sequence[Sequence[int]], sizes: tuple[int, int, int], title: str) -> Sums:
+def _scored(model: PreTrainedModel, rows: Sequence[Tokens], sizes: tuple[int, int, int], title: str) -> Sums:
     sums = Sums()
     width, stride, batch_size = sizes
-    losses = sequence_losses(model, rows, width, stride, batch_size)
-    with tqdm(total=sum(max(0, len(row) - 1) for row in rows), desc=f"loss {title}", unit="token", leave=False) as bar:
+    losses = sequence_losses(model, [row.ids for row in rows], width, stride, batch_size)
+    total = sum(max(0, len(row.ids) - 1) for row in rows)
+    with tqdm(total=total, desc=f"loss {title}", unit="token", leave=False) as bar:
         for row, found in zip(rows, losses, strict=True):
+            bar.update(len(found))
+            if row.counts is not None:
+                found = found[torch.tensor(row.counts[1:], dtype=torch.bool)]
             if len(found):
                 sums.documents.append((float(found.sum()), len(found)))
-                sums.counts.update(row[1:])
-            bar.update(len(found))
+                sums.counts.update(row.scored())
     return sums

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmshearing.checkpoints.hf_read import DTYPES
 from llmshearing.errors import ShearingError
-from llmshearing.evaluate.flops import close, counted_flops
 from llmshearing.evaluate.lm_eval_tasks import TaskSpec, need, read_tasks, run_tasks
 from llmshearing.evaluate.perplexity import WIDEST, LossOptions, measure_losses
 from llmshearing.evaluate.remarks import remarks
@@ -28,6 +27,7 @@ from llmshearing.evaluate.speed import SpeedOptions, measure_speed
 from llmshearing.evaluate.subjects import Subject, short_names, subjects_of
 from llmshearing.evaluate.texts import Data, TokenDomains, open_data
 from llmshearing.families.cost import cost_of
+from llmshearing.prune.flops import close, counted_flops
 from llmshearing.report.record import versions
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """What loss is measured on: documents of text, or sequences of token ids (MDS), by domain.
 
-    MDS        a directory of the data command (a split of it), or one MDS directory: its `set` names the domain
+    MDS        a directory of the data command (a split of it), or one MDS directory: its `set` names the domain, and
+               its `loss_mask`, if it has one, which tokens are scored
     text       one file: .jsonl, .ndjson, .parquet or .txt, also compressed; the domain is the file's name
     folder     each file in it and each folder in it is a domain
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from llmshearing.data.text.corpus import corpus_texts
 from llmshearing.data.text.sources import SUFFIXES, has_documents, is_plain_text
@@ -44,6 +46,18 @@ class TextDomain:
                 yield from texts
 
 
+class Tokens(NamedTuple):
+    """A sequence of ids. counts: which of them are scored, by the data's loss mask; None: all."""
+
+    ids: list[int]
+    counts: list[bool] | None = None
+
+    def scored(self) -> list[int]:
+        """The ids that are scored: never the first, which nothing predicts."""
+        counts = self.counts or [True] * len(self.ids)
+        return [token for token, own in zip(self.ids[1:], counts[1:], strict=True) if own]
+
+
 @dataclass(frozen=True)
 class TokenDomains:
     """Sequences of token ids, each of a domain; of the tokenizer that the data was prepared with."""
@@ -53,7 +67,7 @@ class TokenDomains:
     recorded: Path | None
     """The folder with the manifest, which knows the tokenizer."""
 
-    def sequences(self, vocab_size: int, limit: int | None = None) -> dict[str, list[Sequence[int]]]:
+    def sequences(self, vocab_size: int, limit: int | None = None) -> dict[str, list[Tokens]]:
         """Domain -> its sequences, at most ``limit`` of each.
 
         Raises:
@@ -61,14 +75,14 @@ class TokenDomains:
         """
         from llmshearing.data.mds.shards import MdsDirectory  # brings Streaming, which text does without
 
-        found: dict[str, list[Sequence[int]]] = {}
+        found: dict[str, list[Tokens]] = {}
         for folder in self.folders:
             directory = MdsDirectory(folder, None, vocab_size)
             for index in range(len(directory)):
-                ids, name = directory[index]
+                ids, name, mask = directory.read(index)
                 rows = found.setdefault(name, [])
                 if limit is None or len(rows) < limit:
-                    rows.append(ids.tolist())
+                    rows.append(Tokens(ids.tolist(), None if mask is None else mask.tolist()))
         return found
 
 

@@ -97,6 +97,10 @@ class Family:
     """Intermediate units for each hidden unit, where a config does not say their number."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Path of a module in checkpoints -> its path in transformers 5, where that differs (`families.stored`)."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Key that transformers 5 writes to configs -> the key that both versions read (`families.portable`)."""
+    rope: Mapping[str, str] = field(default_factory=dict)
+    """Rotary parameter -> its key in configs of 4.57, where that is another; empty: it has none."""
     projections: tuple[str, str, str] | None = None
     """Names of an expert's gate, up and down projection."""
 

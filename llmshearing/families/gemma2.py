@@ -46,4 +46,4 @@ def sandwich_rows(config: Any, module: Module, embed_module: Module) -> list[Ten
     ]
 
 
-FAMILY = Family("gemma2", gemma2_table, KEYS)
+FAMILY = Family("gemma2", gemma2_table, KEYS, rope={"rope_scaling": ""})

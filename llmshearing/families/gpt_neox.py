@@ -43,4 +43,5 @@ def gpt_neox_table(config: Any, head_mode: str = "group") -> Table:
     )
 
 
-FAMILY = Family("gpt_neox", gpt_neox_table, GPT_NEOX_KEYS, renamed={"embed_out": "lm_head"})
+ROPE = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+FAMILY = Family("gpt_neox", gpt_neox_table, GPT_NEOX_KEYS, renamed={"embed_out": "lm_head"}, rope=ROPE)

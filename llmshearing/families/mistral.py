@@ -16,4 +16,4 @@ def mistral_table(config: Any, head_mode: str = "group") -> Table:
     return like_llama(llama_table(config, head_mode, NORM), "mistral")
 
 
-FAMILY = Family("mistral", mistral_table, KEYS)
+FAMILY = Family("mistral", mistral_table, KEYS, rope={"rope_scaling": ""})

@@ -76,4 +76,11 @@ def with_experts(table: Table, config: Any, keys: Mapping[str, str], experts: Ex
     )
 
 
-FAMILY = Family("mixtral", mixtral_table, MIXTRAL_KEYS, renamed={MOE: LAYER + "mlp"}, projections=PROJECTIONS)
+FAMILY = Family(
+    "mixtral",
+    mixtral_table,
+    MIXTRAL_KEYS,
+    renamed={MOE: LAYER + "mlp"},
+    projections=PROJECTIONS,
+    rope={"rope_scaling": ""},
+)

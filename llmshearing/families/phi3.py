@@ -41,4 +41,4 @@ def phi3_table(config: Any, head_mode: str = "group") -> Table:
     return with_axes(table, {}, attributes=attributes)
 
 
-FAMILY = Family("phi3", phi3_table, KEYS)
+FAMILY = Family("phi3", phi3_table, KEYS, rope={"rope_type": "type"})

@@ -21,6 +21,7 @@ from llmshearing.families.table import EXPERT, Axis, Experts, Table, TensorSpec,
 NORM = rms_norm("qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm")
 MLP_PATH = LAYER + "mlp"
 QWEN3_MOE_KEYS = KEYS | {EXPERTS: "num_experts", INTERMEDIATE: "moe_intermediate_size"}
+ALIASES = {"num_local_experts": "num_experts"}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DENSE_LAYERS, STEP, DENSE_WIDTH = "mlp_only_layers", "decoder_sparse_step", "intermediate_size"
 
@@ -72,4 +73,4 @@ def _dense_rows(layers: tuple[int, ...]) -> list[TensorSpec]:
     ]
 
 
-FAMILY = Family("qwen3_moe", qwen3_moe_table, QWEN3_MOE_KEYS, follow=follow, projections=PROJECTIONS)
+FAMILY = Family("qwen3_moe", qwen3_moe_table, QWEN3_MOE_KEYS, follow=follow, projections=PROJECTIONS, aliases=ALIASES)

@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.output import FINETUNING, SELECTION
+from llmshearing.checkpoints.parity import TOLERANCE, largest_difference, scores_of, token_ids
+from llmshearing.errors import ShearingError
 from llmshearing.families.nonuniform.config import config_of
 from llmshearing.families.table import Table
 from llmshearing.finetune.recording import record_finetuning
@@ -21,7 +23,6 @@ from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.selection import Selection, choice_of, save_selection
 from llmshearing.fold.zeros import ZEROED, check_zeros
 from llmshearing.prune.apply import Result, write_model
-from llmshearing.prune.layers import check_same_function, check_written
 from llmshearing.storage.dtypes import cast
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,12 @@ def folded_again(model: PreTrainedModel, table: Table, selection: Selection) -> 
         small = {name: make() for name, make in fold_lazily(weights, table, chosen)}
     values = folded_config(model.config.to_dict(), table, chosen)
     compact = build_model(small, config_of(values), model.dtype)
-    check_same_function(compact, model, "the folded model is another function than the zeroed one")
+    ids = token_ids(model.config)
+    if (differ := largest_difference(scores_of(compact, ids), scores_of(model, ids))) > TOLERANCE:
+        raise ShearingError(
+            f"the folded model is another function than the zeroed one: log-probabilities differ by {differ:.3g} nats "
+            f"(tolerance {TOLERANCE:g}). Nothing is kept"
+        )
     return compact
 
 
@@ -73,15 +79,14 @@ def write_finetuned(
         selection: of a zeroed model that is written as such.
 
     Raises:
-        ShearingError: what was written is another function than the model; nothing is kept.
+        ParityError: what was written is another function than the model; it is kept under another name.
     """
 
     def extra(folder: Path) -> None:
-        check_written(folder, model)
         if selection is not None:
             save_selection(folder / SELECTION, choice_of(selection), {ZEROED: True})
         (folder / FINETUNING).write_text(json.dumps(dict(record), indent=1, default=str) + "\n")
-        record_finetuning(folder, directory.name, record)
+        record_finetuning(folder, directory.resolve().name, record)
 
     write_model(
         Result(model, generation, dtypes), directory, record["history"], tokenizer=tokenizer, tokenizer_required=True,

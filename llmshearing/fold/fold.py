@@ -22,6 +22,7 @@ from llmshearing.errors import ShearingError
 from llmshearing.families import family_of
 from llmshearing.families.names import BLOCKS
 from llmshearing.families.nonuniform.table import config_with_sizes
+from llmshearing.families.portable import portable
 from llmshearing.families.table import EXPERT, Axis, Dimension, Segments, Table, TensorSpec, axes_of
 from llmshearing.fold.gather import gate_and_gather_matrix
 from llmshearing.fold.selection import Selection, Units, check_selection
@@ -430,6 +431,7 @@ def folded_config(config: Mapping[str, Any], table: Table, selection: Selection)
     problems = {say: None for size in sizes for say in table.shape_problems({**size, table.layers_key: len(kept)})}
     if problems:
         raise ShearingError("\n".join(problems))
+    config = portable(config)
     values = {**config, **family_of(table.family).kept_config(config, kept), **_head_dim(table)}
     values = config_with_sizes(values, sizes)
     return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}

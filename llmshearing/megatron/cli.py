@@ -17,6 +17,8 @@ from llmshearing.checkpoints.output import check_directory, check_file
 from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.families.megatron import SPECS, Parallel
+from llmshearing.gguf.convert import SUFFIX, export_gguf
+from llmshearing.gguf.write import DTYPES as GGUF_DTYPES
 from llmshearing.megatron.convert import read_megatron, write_megatron
 from llmshearing.megatron.shards import check_output, is_shards
 from llmshearing.megatron.stacked import is_stacked
@@ -28,6 +30,7 @@ CONFIG, TOKENS = "config", "vocab_size"
 EXAMPLES = """
 llmshearing convert out/latest-rank0.pt out/hf-latest dtype=bfloat16 tokenizer=models/source
 llmshearing convert models/source out/state_dict.pt
+llmshearing convert models/source out/model.gguf --dtype q8_0
 llmshearing convert models/source out/shards --tp 8
 llmshearing convert out/shards out/shards-tp2-pp4 --tp 2 --pp 4
 llmshearing convert out/shards out/hf
@@ -40,8 +43,8 @@ def convert(argv: Sequence[str] | None = None) -> int:
     said = parser(
         "llmshearing convert",
         "Convert a model. Source: Hugging Face directory or name, checkpoint, or checkpoint of Megatron (shards of "
-        "ranks, or torch_dist). Destination: shards where --tp or --pp is given; else a .pt file by its name, or a "
-        "Hugging Face directory.",
+        "ranks, or torch_dist). Destination: shards where --tp or --pp is given; else a .pt or .gguf file by its name, "
+        "or a Hugging Face directory.",
         EXAMPLES,
     )
     conversion_options(said)
@@ -52,12 +55,22 @@ def convert(argv: Sequence[str] | None = None) -> int:
         "--spec", choices=SPECS, help="names of modules to write: megatron-core's own, or Transformer Engine's (local, "
         "or as the source has them)"
     )  # fmt: skip
+    file = said.add_argument_group("GGUF files, for llama.cpp")
+    file.add_argument("--dtype", choices=GGUF_DTYPES, help="of matrices (default: as most are stored)")
+    file.add_argument("--pre", metavar="NAME", help="llama.cpp's name for how the tokenizer splits text, where unknown")
     options = said.parse_intermixed_args(argv)
 
     def work() -> int:
         given = parse_pairs(options.pairs)
         writes = options.tp is not None or options.pp is not None
-        if writes or is_megatron(options.source):
+        writes_gguf = options.destination.endswith(SUFFIX)
+        if not writes_gguf and (options.dtype or options.pre):
+            raise ShearingError(f"--dtype and --pre are of files in {SUFFIX}; say dtype=float32|float16|bfloat16")
+        if writes_gguf and writes:
+            raise ShearingError(f"{options.destination} is one file: leave out --tp and --pp")
+        if writes_gguf:
+            _to_gguf(options, given)
+        elif writes or is_megatron(options.source):
             _convert(options, given, writes)
         else:
             convert_plain(options, given)
@@ -69,6 +82,20 @@ def convert(argv: Sequence[str] | None = None) -> int:
 def is_megatron(path: Path | str) -> bool:
     """Whether a path is a checkpoint of Megatron."""
     return is_shards(path) or is_stacked(path)
+
+
+def _to_gguf(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Into a file for llama.cpp."""
+    output = Path(options.destination)
+    check_file(output, options.overwrite)
+    if "dtype" in given:
+        raise ShearingError(f"dtype={given['dtype']}: of a file in {SUFFIX}, say --dtype {'|'.join(GGUF_DTYPES)}")
+    weights, info, _ = read_source(options.source, given)
+    facts = {key: value for key, value in given.items() if key != CONFIG}
+    export_gguf(
+        weights, info, output, facts, where=str(options.source), dtype=options.dtype, pre=options.pre,
+        overwrite=options.overwrite, check=options.check,
+    )  # fmt: skip
 
 
 def _convert(options: argparse.Namespace, given: Mapping[str, Any], writes: bool) -> None:
@@ -93,7 +120,10 @@ def _convert(options: argparse.Namespace, given: Mapping[str, Any], writes: bool
         _save(output, _in_dtype(weights, given), info)
     else:
         size, overwrite = options.max_shard_size, options.overwrite
-        export_hf(weights, info, output, facts, where=str(options.source), max_shard_size=size, overwrite=overwrite)
+        export_hf(
+            weights, info, output, facts, where=str(options.source), max_shard_size=size, overwrite=overwrite,
+            check=options.check,
+        )  # fmt: skip
 
 
 def read_source(source: str, given: Mapping[str, Any]) -> tuple[LazyTensors, CheckpointInfo, str]:

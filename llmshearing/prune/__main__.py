@@ -17,9 +17,11 @@ from llmshearing.commands import parser, run
 from llmshearing.errors import ShearingError
 from llmshearing.families.family import EXAMPLE, KEYS
 from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE
+from llmshearing.families.readers import READERS
 from llmshearing.prune.calibration import SequenceOptions
 from llmshearing.prune.methods import METHODS
-from llmshearing.prune.run import prune
+from llmshearing.prune.readers import check_target, lines_of
+from llmshearing.prune.run import plan_of, prune
 from llmshearing.prune.shards import BALANCE, OF_SHARDS, UNBALANCE, prune_shards, replay_shards
 from llmshearing.prune.targets import DROP, RATIO
 
@@ -131,6 +133,14 @@ def _common(command: argparse.ArgumentParser) -> None:
         "--refit_ridge", type=float, default=0.1, help="how much a refit holds on to the cut tensors (%(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    command.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not load the result and compare it (parity.json)"
+    )
+    command.add_argument(
+        "--readers", nargs="+", default=[], choices=tuple(READERS), metavar="NAME",
+        help=f"refuse a target that one of these programs would not read: {', '.join(READERS)}",
+    )  # fmt: skip
+    command.add_argument("--dry-run", action="store_true", help="say the target and who would read it, then stop")
 
 
 def read_target(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +205,10 @@ def _work(options: dict[str, Any]) -> int:
     sequences = SequenceOptions(**{field.name: options.pop(field.name) for field in fields(SequenceOptions)})
     del options["method"]
     model, shards = options.pop("model"), options.pop("megatron", None)
-    others = ("pad", "zero", "save_gpu_memory") if model is None else ("prune_type", "config", "tokenizer")
+    dry_run, readers = options.pop("dry_run"), options.pop("readers")
+    if (dry_run or readers) and model is None:
+        raise ShearingError("--dry-run and --readers: not for shards; say --model")
+    others = ("pad", "zero", "save_gpu_memory", "check") if model is None else ("prune_type", "config", "tokenizer")
     options = {key: value for key, value in options.items() if key not in others}
     if model is None:
         if options.pop("refit", False):
@@ -203,6 +216,11 @@ def _work(options: dict[str, Any]) -> int:
         options.pop("refit_ridge", None)
         prune_shards(method, shards, target=target, sequences=sequences, **options)
     else:
+        plan = plan_of(method, model, target, options)
+        check_target(plan, readers)
+        if dry_run:
+            sys.stdout.write("\n".join(lines_of(plan, readers)) + "\n")
+            return 0
         prune(method, model, target=target, sequences=sequences, **options)
     return 0
 

@@ -18,7 +18,8 @@ from llmshearing.checkpoints.checkpoint import CheckpointInfo, plain_config
 from llmshearing.checkpoints.generation import writable
 from llmshearing.checkpoints.hf_read import build_model
 from llmshearing.checkpoints.hf_write import copy_tokenizer, write_hf_directory
-from llmshearing.checkpoints.output import REPORT, SELECTION, new_directory
+from llmshearing.checkpoints.output import PARITY, REPORT, SELECTION, new_directory
+from llmshearing.checkpoints.parity import certify, hf_parity
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES
 from llmshearing.families.layers import kept_entries
@@ -28,7 +29,7 @@ from llmshearing.fold.fold import fold_lazily, folded_config, renamed
 from llmshearing.fold.padding import padded
 from llmshearing.fold.selection import save_selection
 from llmshearing.fold.zeros import zeroed
-from llmshearing.prune.layers import check_followed, check_written
+from llmshearing.prune.layers import check_followed
 from llmshearing.prune.methods import Choice
 from llmshearing.storage.dtypes import cast, main_dtype
 
@@ -128,17 +129,18 @@ def write(
     tokenizer: Path | str,
     overwrite: bool,
     also: Callable[[Path], None] | None = None,
+    check: bool = True,
 ) -> None:
     """Write model, tokenizer, selection and record under a temporary name, load them again, then rename.
 
-    also: writes further files into the folder under its temporary name.
+    also: writes further files into the folder under its temporary name. check: whether to load them again
+    (:mod:`llmshearing.checkpoints.parity`).
 
     Raises:
-        ShearingError: what was written is another function than the model; nothing is kept.
+        ParityError: what was written is another function than the model; it is kept under another name.
     """
 
     def extra(folder: Path) -> None:
-        check_written(folder, result.model)
         save_selection(folder / SELECTION, choice.selection, {**choice.about, "method": record["method"]})
         (folder / REPORT).write_text(json.dumps(record, indent=1, default=str) + "\n")
         if also is not None:
@@ -147,7 +149,7 @@ def write(
     required = choice.write_tokenizer is not None
     write_model(
         result, directory, record["history"], tokenizer=tokenizer, tokenizer_required=required, overwrite=overwrite,
-        extra=extra,
+        extra=extra, check=check,
     )  # fmt: skip
 
 
@@ -160,15 +162,19 @@ def write_model(
     tokenizer_required: bool,
     overwrite: bool,
     extra: Callable[[Path], object],
+    check: bool = True,
 ) -> None:
     """Write a model and its tokenizer under a temporary name, then `extra` into the same folder, then rename.
 
     Args:
-        history: how it was made, for its card.
+        history: how it was made, for its card. check: whether to load it again.
+
+    Raises:
+        ParityError: what was written is another function than the model; it is kept under another name.
     """
     config = result.model.config
     if config.model_type not in FAMILIES:
-        _write_plain(result, directory, tokenizer, overwrite, extra)
+        _write_plain(result, directory, tokenizer, overwrite, extra, check)
         return
     info = CheckpointInfo(plain_config(config), history=list(history))
     write_hf_directory(
@@ -182,11 +188,13 @@ def write_model(
         generation_config=result.generation,
         overwrite=overwrite,
         extra=extra,
+        check=check,
+        model=result.model,
     )
 
 
 def _write_plain(
-    result: Result, directory: Path, tokenizer: Path | str, overwrite: bool, extra: Any
+    result: Result, directory: Path, tokenizer: Path | str, overwrite: bool, extra: Any, check: bool
 ) -> None:
     """A model without a table, by transformers' own writer."""
     model, buffers = result.model, {name: value.clone() for name, value in result.model.named_buffers()}
@@ -201,3 +209,5 @@ def _write_plain(
         extra(folder)
         with contextlib.suppress(ShearingError):  # a model may have none
             copy_tokenizer(tokenizer, folder)
+        if check:
+            certify(hf_parity(folder, {}, model.config, model), folder, directory, folder / PARITY)

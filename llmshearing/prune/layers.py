@@ -1,23 +1,19 @@
-"""Layers that stay: looked at before the work, in models on the meta device, and compared after it."""
+"""Layers that stay: looked at before the work, in models on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmshearing.checkpoints.hf_read import load_hf_model
 from llmshearing.errors import ShearingError
 from llmshearing.families.layers import suspects
 
 # Attributes that number a layer: these differ, and decide nothing but its place in the cache.
 NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
-TOLERANCE = 1e-3  # nats: float32, another order of additions
-SEQUENCES, TOKENS = 2, 16
 
 
 def check_followed(source: PretrainedConfig, followed: PretrainedConfig, path: str, kept: list[int], key: str) -> None:
@@ -62,27 +58,3 @@ def _signature(layer: nn.Module) -> dict[str, Any]:
                 found[f"{name}.{attribute}".lstrip(".")] = value
     shapes: Mapping[str, Any] = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
     return found | {f"{name}: shape": shape for name, shape in shapes.items()}
-
-
-def check_written(folder: Path, measured: PreTrainedModel) -> None:
-    """Load what was written and compare its log-probabilities with those of the model that was measured.
-
-    Raises:
-        ShearingError: they differ: another function was written.
-    """
-    written = load_hf_model(folder, torch.float32).eval().to(measured.device)
-    check_same_function(written, measured, "what was written is another function than what was measured")
-
-
-@torch.no_grad()
-def check_same_function(written: PreTrainedModel, measured: PreTrainedModel, said: str) -> None:
-    """Compare the log-probabilities of two models on random tokens; raises ShearingError, which begins with `said`."""
-    size = measured.config.get_text_config().vocab_size
-    ids = torch.randint(size, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0)).to(measured.device)
-    one, other = (model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for model in (measured, written))
-    both = one.isfinite() & other.isfinite()
-    difference = (one - other)[both].abs().max().item() if bool(both.any()) else 0.0
-    if difference > TOLERANCE or not torch.equal(one.isfinite(), other.isfinite()):
-        raise ShearingError(
-            f"{said}: log-probabilities differ by {difference:.3g} nats (tolerance {TOLERANCE:g}). Nothing is kept"
-        )

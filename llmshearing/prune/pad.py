@@ -20,8 +20,8 @@ from llmshearing.fold.padding import padded
 EXAMPLE = "python -m llmshearing.prune.pad --model out/obs --output out/obs-plain"
 
 
-def pad(model: Path | str, output: Path | str, *, overwrite: bool = False) -> Path:
-    """Write the uniform model.
+def pad(model: Path | str, output: Path | str, *, overwrite: bool = False, check: bool = True) -> Path:
+    """Write the uniform model. check: see :func:`llmshearing.checkpoints.hf_write.write_hf_directory`.
 
     Raises:
         ShearingError: the model cannot be loaded, its layers agree already, or the output is in use.
@@ -32,7 +32,7 @@ def pad(model: Path | str, output: Path | str, *, overwrite: bool = False) -> Pa
         raise ShearingError(f"{model} has layers of one size already (model_type {config.model_type})")
     stored, values = padded(weights, config.to_dict())
     return write_hf_directory(
-        stored, config_of(values), output, tokenizer=model, tokenizer_required=False, overwrite=overwrite
+        stored, config_of(values), output, tokenizer=model, tokenizer_required=False, overwrite=overwrite, check=check
     )
 
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--model", required=True, help="Hugging Face directory of a non-uniform model")
     arguments.add_argument("--output", required=True, help="directory to write")
     arguments.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    arguments.add_argument("--no-check", dest="check", action="store_false", help="do not compare what was written")
     options = vars(arguments.parse_args(argv))
 
     def command() -> int:

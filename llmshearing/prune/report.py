@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from llmshearing.errors import ShearingError
 from llmshearing.progress import tqdm
 from llmshearing.prune.calibration import IGNORED, Calibration
+from llmshearing.prune.flops import counted_flops
 from llmshearing.prune.methods.decoder import batch_loss, weight
 
 CONTEXT = 128  # tokens of the sequence that FLOPs are told for
@@ -56,21 +54,8 @@ def flops_per_token(model: PreTrainedModel) -> float:
 
     A token's FLOPs are a constant and attention, which grows with the length: two short sequences tell both.
     """
-    short, longer = (_flops(model, length) / length for length in SHORT)
+    short, longer = (counted_flops(model, length) / length for length in SHORT)
     return short + (longer - short) / (SHORT[1] - SHORT[0]) * (CONTEXT - SHORT[0])
-
-
-@torch.no_grad()
-def _flops(model: PreTrainedModel, length: int) -> int:
-    """Of a forward pass, counted by torch as they happen."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        try:
-            model(input_ids=ids, use_cache=False)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError) as error:
-            # A value of the config, such as a number written as text, that only the first pass looks at.
-            raise ShearingError(f"the model cannot run: {type(error).__name__}: {error}; see its config") from error
-    return counter.get_total_flops()
 
 
 def perplexity_of(

@@ -51,6 +51,10 @@ log = logging.getLogger(__name__)
 
 # Quark's names: they may stand in a target file, as they do in its config.json.
 QUARK_NUMBER = "delete_layer_num"
+SHARED = (
+    "output", "calibration", "device", "save_gpu_memory", "pad", "zero", "overwrite", "refit", "refit_ridge", "check",
+)  # fmt: skip
+"""Arguments of :func:`prune` that are no method's."""
 QUARK_OPTIONS = ("model_decoder_layers", "layer_norm_field", "layer_num_field")
 
 
@@ -81,6 +85,7 @@ def prune(
     overwrite: bool = False,
     refit: bool = False,
     refit_ridge: float = 0.1,
+    check: bool = True,
     **options: Any,
 ) -> Pruned:
     """Prune a Hugging Face model and write the result as one.
@@ -91,6 +96,7 @@ def prune(
         calibration: MDS data, JSONL or text; see `llmshearing.prune.calibration`. Without it there is no perplexity.
         device: "cpu", "cuda", ... save_gpu_memory: only one layer at a time is there.
         refit, refit_ridge: fit what stays to what the source says, in closed form; see `llmshearing.prune.refit`.
+        check: load what was written and compare it with the model in memory.
         pad: sizes that differ between layers are filled with zeros to the largest, which is exact and saves nothing.
         zero: keep the source's shape, with zeros where units are closed, to be finetuned before it is folded.
         options: the method's own.
@@ -102,7 +108,7 @@ def prune(
     check_directory(output, overwrite)
     if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise ShearingError(f"output {output} is the source; give another directory")
-    plan = make_plan(method, _config(model), {"save_gpu_memory": save_gpu_memory, **target}, options)
+    plan = plan_of(method, model, target, {**options, "save_gpu_memory": save_gpu_memory})
     data = _calibration(calibration, model, plan.config, sequences)
     if refit:
         _check_refit(plan, data, pad)
@@ -141,7 +147,7 @@ def prune(
     with _tokenizer(model, choice) as tokenizer:
         whole = table or plan.table
         report = partial(record_prune, name=output.resolve().name, table=whole, choice=choice, record=record)
-        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report)
+        write(result, output, choice, record, tokenizer=tokenizer, overwrite=overwrite, also=report, check=check)
     seconds = time.perf_counter() - start
     log.info("%s", table_of(before, after, seconds, peak_memory(), split))
     log.info("wrote the pruned model and its selection to %s", output)
@@ -238,6 +244,13 @@ class Plan:
     target: Target
     options: dict[str, Any]
     one_layer: bool
+
+
+def plan_of(method: str, model: Path | str, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:
+    """What :func:`prune` would do with these arguments, whose own options are left out; raises as it does."""
+    own = {key: value for key, value in options.items() if key not in SHARED}
+    wanted = {"save_gpu_memory": options.get("save_gpu_memory", False), **target}
+    return make_plan(method, _config(model), wanted, own)
 
 
 def make_plan(name: str, config: PretrainedConfig, target: Mapping[str, Any], options: Mapping[str, Any]) -> Plan:

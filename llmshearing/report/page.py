@@ -100,8 +100,12 @@ def missing(run: Run) -> list[str]:
     said = []
     if run.kind in ("train", "finetune") and not run.evaluations:
         said.append(
-            "This run was never evaluated: there are no losses by domain and no mask maps. It evaluates every "
-            "eval_interval, and before the first batch with eval_first; llmshearing evaluate judges what it has saved."
+            "This run was never evaluated: there are no losses by domain and no mask maps. "
+            + {
+                "train": "It evaluates every eval_interval, and before the first batch with eval_first",
+                "finetune": "Give --eval FILES or --eval_fraction to hold data out",
+            }[run.kind]
+            + "; llmshearing evaluate judges what it has saved."
         )
     if run.kind in ("train", "finetune") and not run.steps:
         said.append("No batch of this run was finished.")

@@ -18,6 +18,7 @@ from llmshearing.data.mds.manifest import check_tokenizer
 from llmshearing.data.mixture.dataset import MixtureDataset
 from llmshearing.data.mixture.loader import build_eval_dataloader, build_train_dataloader
 from llmshearing.errors import ShearingError
+from llmshearing.families.portable import portable
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.training.cache.follow import build_cached
 from llmshearing.training.callbacks.checkpoint_info import SelfDescription
@@ -155,7 +156,7 @@ def run_info(
     turn = cfg.model.turn if source.basis is not None else None
     turned_so = [] if turn is None else [f"turned hidden units into directions by {turn.basis}"]
     return {
-        "hf_config": source.config.to_dict(),
+        "hf_config": portable(source.config.to_dict()),
         "masks": mask_info(masks, source.head_mode),
         "run_config": to_yaml(cfg),
         "tokenizer": cfg.tokenizer_name or directory,

@@ -1,12 +1,17 @@
 """Hidden states of the source as a target, beside its logits (docs/research/recover.md, section 4).
 
-    loss = mean over kept layers j and tokens of  |h_j - S H_e(j)|^2 / |S H_e(j)|^2        of each sequence
+    loss = mean over kept layers j and tokens of  |h_j / |h_j| - S H_e(j) / |S H_e(j)||^2        of each sequence
 
 h_j: the student's residual stream after its layer j. H_e: the source's after its layer e, where e(j) is the layer just
 before the next one that the student kept (of the last: the last). So a kept layer learns what the dropped layers behind
 it did. S takes the units that the student kept, times their gates: what the student's stream holds where both agree.
-The distance is relative at each token, as the norms that read the stream are: the first token of a sequence may be a
-hundred times as long as the others (20,500 against 200 in SmolLM2-135M), and would else be all that counts.
+
+Directions are compared, as the norms that read the stream see it: it is between 0 and 4, and twice 1 - cosine. The
+stream of the first token may be a hundred times as long as the others (20,500 against 200 in SmolLM2-135M). Relative to
+the energy of a sequence, that token would be all that counts. Relative to each token's own, a student that puts such a
+length elsewhere has a distance of thousands there, and that is all that its step follows.
+
+With a loss mask the squares are summed over positions whose next token is an answer.
 
 A compact model follows one fixed selection. While masks train, the selection of the step is followed.
 
@@ -22,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from llmshearing.config.schema import Distill
 from llmshearing.errors import ShearingError
@@ -116,8 +122,7 @@ def hidden_losses(
     for layer, end in zip(views[0].layers, views[1].layers, strict=True):
         wide = torch.promote_types(own[layer].dtype, torch.float32)
         h, target = own[layer].to(wide), theirs[end].to(wide)
-        energy = target.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
-        apart = (h - target).square().sum(-1) / energy
+        apart = (normalize(h, dim=-1) - normalize(target, dim=-1)).square().sum(-1)
         if counted is None:
             losses.append(apart.mean(1))
         else:

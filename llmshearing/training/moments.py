@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.config import Config
 from llmshearing.families import table_for
@@ -27,6 +26,7 @@ from llmshearing.families.table import Table
 from llmshearing.fold.fold import Cut, gate_and_gather, renamed, resolve
 from llmshearing.fold.selection import Selection
 from llmshearing.storage import LazyTensor
+from llmshearing.training.empty import parameters_on_meta
 from llmshearing.training.groups import optimizer_groups
 
 WEIGHTS = "model."
@@ -98,7 +98,7 @@ def _shape(shape: torch.Size, cut: Cut) -> tuple[int, ...]:
 
 def _groups(config: PretrainedConfig, cfg: Config) -> list[tuple[dict[str, Any], list[str]]]:
     """The groups that a run of the compact model has, with the names of their parameters."""
-    with init_empty_weights():
+    with parameters_on_meta():
         model = as_stored(AutoModelForCausalLM.from_config(config))
     model.tie_weights()
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import init_empty_weights
 
 from llmshearing.checkpoints.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from llmshearing.checkpoints.hf_config import read_config, without_dropout
@@ -34,6 +33,7 @@ from llmshearing.prune.methods.turn import OUTPUT, turn_model
 from llmshearing.prune.refit import check_refittable
 from llmshearing.storage import load_weights
 from llmshearing.training.distributed import reads_source
+from llmshearing.training.empty import parameters_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
     attention = cfg.model.attn_implementation or "sdpa"
     stored = copy.deepcopy(source.stored or source.config)
     if not reads_source(cfg):
-        with init_empty_weights():  # parameters only: buffers, such as the rotary frequencies, are computed
+        with parameters_on_meta():  # parameters only: buffers, such as the rotary frequencies, are computed
             model = as_stored(AutoModelForCausalLM.from_config(source.config, dtype=torch.float32))
         model.tie_weights()  # every parameter became one of its own
     elif source.checkpoint is not None:

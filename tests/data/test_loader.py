@@ -161,7 +161,7 @@ def test_evaluation_is_every_sample_once_in_order_each_time(domains):
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(-1, 12))
 def test_ranks_evaluate_each_sample_once_and_meet_in_each_batch(ranks, batch_size, subset):
     class Directory:
-        max_seq_len, path = SEQ, "memory"
+        max_seq_len, path, masked = SEQ, "memory", False
 
         def __len__(self):
             return 29
@@ -169,8 +169,8 @@ def test_ranks_evaluate_each_sample_once_and_meet_in_each_batch(ranks, batch_siz
         def names(self):
             return ["a"] * 20 + ["b"] * 9
 
-        def __getitem__(self, index):
-            return np.zeros(SEQ, np.int64), "ab"[index >= 20]
+        def read(self, index):
+            return np.zeros(SEQ, np.int64), "ab"[index >= 20], None
 
     seen, shapes = [], set()
     for rank in range(ranks):

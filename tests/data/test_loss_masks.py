@@ -224,6 +224,15 @@ def test_bad_records_can_be_left_out_and_are_counted(tmp_path, tokenizer):
     assert manifest["skipped"]["one"]["count"] == 1
 
 
+def test_equal_conversations_are_known_whatever_stands_beside_them(tmp_path, tokenizer):
+    again = [{"messages": chat["messages"], "rating": i} for i, chat in enumerate(chats()[:10])]
+    write(tmp_path / "in" / "one" / "a.jsonl", [*chats(), *again])
+    shares = {"eval_fraction": 0.0, "for_prune_fraction": 0.5, "progress": False}
+    manifest = prepare(tmp_path / "in", tokenizer, tmp_path / "out", SEQ, dedup=True, **shares)
+    assert manifest["duplicates"] == {"one": 10}
+    assert sum(counts["one"]["documents"] for counts in manifest["splits"].values()) == 40
+
+
 @pytest.mark.parametrize("what", ["file", "template", "form", "ambiguous", "parquet"])
 def test_what_cannot_be_prepared_is_refused_before_the_work(tmp_path, tokenizer, tokenizer_file, what):
     write(tmp_path / "in" / "one" / "a.jsonl", chats())

@@ -5,9 +5,9 @@ import torch
 from tiny import VARIANTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmshearing.evaluate.flops import counted_flops
 from llmshearing.families import table_for
 from llmshearing.families.cost import cost_of
+from llmshearing.prune.flops import counted_flops
 
 CASES = [(family, name) for family, variants in VARIANTS.items() for name in variants]
 

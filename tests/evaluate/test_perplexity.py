@@ -6,12 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers_answers import NAMES, write_answers
 from helpers_prune import model_of
+from helpers_runs import SEQ, make_model
 from helpers_tokenizers import save_word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError
 from llmshearing.evaluate.perplexity import LossOptions, measure_losses, unigram_loss
 from llmshearing.evaluate.texts import open_data
@@ -135,6 +138,27 @@ def test_unigram_leaves_each_token_out() -> None:
         others = Counter(tokens[:at] + tokens[at + 1 :])
         by_loop -= math.log((others[token] + 1) / (len(tokens) - 1 + size))
     assert unigram_loss(Counter(tokens), size) == pytest.approx(by_loop / len(tokens), rel=1e-12)
+
+
+def test_a_loss_mask_leaves_answers_alone(tmp_path) -> None:
+    data, model = write_answers(tmp_path), make_model()
+    found = measure_losses(model, None, open_data([str(data)], split="eval"), LossOptions(window=SEQ))
+    for name in NAMES:
+        directory = MdsDirectory(data / "apart" / name, None, None)
+        nats, ids_of, silent = [], [], 0
+        for index in range(len(directory)):
+            ids, _, mask = directory.read(index)
+            scored = [at for at in range(1, SEQ) if mask is None or mask[at]]
+            with torch.no_grad():
+                own = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].double().log_softmax(-1)
+            nats += [-own[at - 1, ids[at]].item() for at in scored]
+            ids_of += [int(ids[at]) for at in scored]
+            silent += not scored
+        told = found["domains"][name]
+        assert told["tokens"] == len(nats) and told["documents"] == len(directory) - silent
+        assert told["loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
+        assert told["unigram_loss"] == pytest.approx(unigram_loss(Counter(ids_of), model.config.vocab_size))
+        assert (silent > 0) == (name == "asked")
 
 
 def test_mds_equals_the_loss_of_training(lab) -> None:

@@ -12,7 +12,9 @@ import torch
 from helpers_oracle import wide_softmax
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from llmshearing.compat import EAGER_EXPERTS
 from llmshearing.families import family_of
 from llmshearing.families.names import ATTENTION, BLOCK_MASKS, MLP
 from llmshearing.families.stored import as_stored
@@ -37,6 +39,12 @@ def build(config, attention="eager", dtype=torch.float32):
         if dtype == torch.float64 and hasattr(module, "embed_scale"):  # the root of the hidden size, as float32
             module.embed_scale.copy_(torch.tensor(config.hidden_size, dtype=dtype).sqrt())
     return model
+
+
+def implementations(config):
+    """How transformers can compute the attention of a family: eager, and mostly sdpa."""
+    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return ["eager", "sdpa"] if own._supports_sdpa else ["eager"]
 
 
 def random_model(config, seed=0, attention="eager"):
@@ -399,7 +407,7 @@ def check_gates(table):
 def load(path, dtype=torch.float32):
     """By the Auto classes, strictly."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        path, dtype=dtype, output_loading_info=True, attn_implementation="eager", **EAGER_EXPERTS
     )
     assert not any(report.values()), report
     return model.eval()
@@ -444,6 +452,8 @@ def check_depth(table, model):
     small = build(small_config(model.config, table, selection), dtype=torch.float64)
     small.load_state_dict(fold(model.state_dict(), table, selection), strict=True)
     own = copy.deepcopy(model)
+    if getattr(own.config, "layer_types", None):  # transformers 5 looks there for the mask of the layer at each place
+        own.config.layer_types = list(small.config.layer_types)
     path, _, name = table.layers_path.rpartition(".")
     layers = own.get_submodule(table.layers_path)
     setattr(own.get_submodule(path), name, torch.nn.ModuleList([*layers[:CLOSED_LAYER], *layers[CLOSED_LAYER + 1 :]]))

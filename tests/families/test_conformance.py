@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conformance import (
     build,
     check_agreement,
@@ -15,6 +16,7 @@ from conformance import (
     check_round_trip,
     check_shapes,
     cut_kinds,
+    implementations,
     load,
     ragged_gates,
     random_model,
@@ -77,6 +79,8 @@ def test_every_tensor_matters(config):
 @both_modes
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gated_folded_and_oracle_agree(config, head_mode, attention):
+    if attention not in implementations(config):
+        pytest.skip(f"transformers {transformers.__version__} computes {config.model_type} without {attention}")
     table = table_for(config, head_mode)
     check_agreement(table, random_model(config, attention=attention), uniform_gates(table, cut_kinds(table)))
 
@@ -86,7 +90,7 @@ def test_gated_folded_and_oracle_agree(config, head_mode, attention):
 def test_gated_and_oracle_agree_where_layers_differ(config, head_mode):
     table = table_for(config, head_mode)
     gates = ragged_gates(table, cut_kinds(table), seed=3)
-    check_agreement(table, random_model(config, attention="sdpa"), gates, fold_too=False)
+    check_agreement(table, random_model(config, attention=implementations(config)[-1]), gates, fold_too=False)
 
 
 @every_variant

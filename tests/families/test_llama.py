@@ -12,7 +12,7 @@ VARIANTS = {
     "grouped": {"num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-    "head_dim apart": {"head_dim": 6, "hidden_size": 10},
+    "head_dim apart": {"head_dim": 6, "hidden_size": 8},
 }
 IDS = torch.arange(8)[None]
 

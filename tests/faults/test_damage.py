@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import zipfile
 from pathlib import Path
@@ -18,8 +19,10 @@ from llmshearing.checkpoints.checkpoint import CheckpointInfo, save_checkpoint
 from llmshearing.errors import ShearingError
 from llmshearing.storage import open_archive
 from llmshearing.train import train
+from llmshearing.training.resilience import resume
 from llmshearing.training.resilience.resume import check_same_run, checkpoints, name_pattern, prepare, verify
 from llmshearing.training.resilience.saver import WRITING
+from llmshearing.training.resilience.signals import stop_request
 from llmshearing.training.source import build_masks, read_source
 
 LATEST = "latest-rank0.pt"
@@ -38,6 +41,19 @@ def broken(finished, tmp_path):
     """A copy of it, to damage."""
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
+
+
+def test_a_signal_while_a_checkpoint_is_read_damages_nothing(tmp_path, lab, broken, monkeypatch):
+    def signalled(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return verify(path)
+
+    cfg, before = configured(lab, tmp_path, save_interval="2ba", autoresume=True), sorted(broken.iterdir())
+    source = read_source(cfg)
+    monkeypatch.setattr(resume, "verify", signalled)
+    with stop_request(), pytest.raises(ShearingError, match="stopped by SIGTERM before training began"):
+        prepare(cfg, source, build_masks(source, cfg))
+    assert sorted(broken.iterdir()) == before
 
 
 def flip(path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from helpers_prune import model_of
 from helpers_tokenizers import save_word_tokenizer
 
+from llmshearing.cli import main
 from llmshearing.evaluate.results import read_results
 from llmshearing.evaluate.run import Options, evaluate
 from llmshearing.fold.selection import load_selection
@@ -64,6 +65,25 @@ def test_a_broken_report_costs_no_model(source, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         prune("random", source, tmp_path / "out", {"num_hidden_layers": 1})
     assert (tmp_path / "out" / "model.safetensors").is_file() and "the pruned model has no report" in caplog.text
+
+
+def test_finetune_leaves_a_report(source, tmp_path, browser):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"w{i % 20} w{i % 7} " * 5}) + "\n" for i in range(12)))
+    words = ["finetune", source, text, "--output", tmp_path / "out", "--max_steps", 4, "--save_every", 2]
+    assert main([str(word) for word in (*words, "--eval_fraction", 0.3)]) == 0
+    told = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    run = read_run(tmp_path / "out")
+    losses = {batch: each["loss"] for batch, each in run.evaluations.items()}
+    assert list(losses) == [0, 2, 4]
+    assert (losses[0], losses[4]) == pytest.approx((told["held_out_loss"]["before"], told["held_out_loss"]["after"]))
+    logged = {entry["step"]: entry["loss"] for entry in told["log"] if "loss" in entry}
+    assert {b: step["values"]["loss/train/cross_entropy"] for b, step in run.steps.items()} == pytest.approx(logged)
+    browser.problems.clear()
+    browser.open(tmp_path / "out" / PAGE_FILE)
+    assert browser.problems == [] and browser.do("document.querySelector('h1').textContent") == "out"
+    titles = browser.do("[...document.querySelectorAll('figcaption')].map(e => e.textContent)")
+    assert [title.split("  ")[0] for title in titles][:2] == ["Loss in training", "Loss at evaluations"]
 
 
 def test_evaluate_leaves_a_report(source, tmp_path, browser):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import defaultdict
 
 import pytest
 import torch
@@ -41,9 +42,9 @@ def test_steps_are_what_was_logged(finished):
         assert step["tokens"] == batch * 4 * 32 and step["seconds"] > 0
         assert step["values"]["loss/train/cross_entropy"] == pytest.approx(metrics["loss/train/cross_entropy"][batch])
         for kind, (size, _) in KINDS.items():
-            wanted = (1 - metrics[f"pruning/target_sparsity/{kind}"][batch - 1]) * size  # logged before the clock moves
+            wanted = (1 - metrics[f"pruning/target_sparsity/{kind}"][batch]) * size
             assert step["values"][f"pruning/wanted_units/{kind}"] == pytest.approx(wanted)
-            now = metrics[f"pruning/open_units/{kind}"][batch - 1]
+            now = metrics[f"pruning/open_units/{kind}"][batch]
             assert step["values"][f"pruning/open_units/{kind}"] == pytest.approx(now, rel=1e-6)
 
 
@@ -78,14 +79,16 @@ def test_sizes_are_closed_forms(finished):
 def test_tensorboard_has_the_pictures(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (file,) = (finished[1].parent / "board").rglob("events.out.tfevents.*")
-    events = EventAccumulator(str(file), size_guidance={"images": 0})
-    events.Reload()
-    tags = set(events.Tags()["images"])
-    assert tags == {f"{what}/{kind}" for what in ("masks/kept", "masks/open", "shape") for kind in KINDS}
-    images = events.Images("masks/kept/intermediate")
-    assert [each.step for each in images] == [0, 2, 4] and images[0].encoded_image_string.startswith(b"\x89PNG")
-    assert [each.step for each in events.Images("shape/hidden")] == [2, 4] and images[0].width == 480
+    found = defaultdict(dict)  # name -> step -> image; TensorBoard begins a new file at each flush
+    for file in (finished[1].parent / "board").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file), size_guidance={"images": 0})
+        events.Reload()
+        for tag in events.Tags()["images"]:
+            found[tag] |= {each.step: each for each in events.Images(tag)}
+    assert set(found) == {f"{what}/{kind}" for what in ("masks/kept", "masks/open", "shape") for kind in KINDS}
+    images = found["masks/kept/intermediate"]
+    assert set(images) == {0, 2, 4} and images[4].encoded_image_string.startswith(b"\x89PNG")
+    assert images[4].width == 48 * (512 // 48) and set(found["shape/hidden"]) == {2, 4}
 
 
 def test_the_page_in_a_browser(finished, browser):
@@ -124,7 +127,11 @@ def test_a_run_that_goes_on(lab, tmp_path):
 
 
 def test_a_run_that_folds_itself_has_one_record(lab, tmp_path):
-    train(configured(lab, tmp_path, **LENGTH, model__l0_module__fold_at="2ba"))
+    train(
+        configured(
+            lab, tmp_path, **LENGTH, model__l0_module__lagrangian_warmup_steps="1ba", model__l0_module__fold_at="2ba"
+        )
+    )
     run = read_run(tmp_path / "run")
     assert list(run.steps) == [1, 2, 3, 4] and len(run.starts) == 2 and run.end["state"] == "finished"
     assert "pruning/open_units/hidden" in run.steps[2]["values"] and not any(

@@ -19,7 +19,7 @@ import sys
 from llmshearing.checkpoints import checkpoint_to_hf, hf_to_checkpoint, prune_and_save_model
 folder = sys.argv[1]
 prune_and_save_model(folder + "/pruning.pt", folder + "/folded.pt")
-checkpoint_to_hf(folder + "/folded.pt", folder + "/exported")
+checkpoint_to_hf(folder + "/folded.pt", folder + "/exported", check=False)  # the check holds a whole model
 hf_to_checkpoint(folder + "/hf", folder + "/imported.pt")
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -69,7 +69,7 @@ def test_the_objective_has_the_distance_written_out():
     for mine, end in ((own[0], theirs[1]), (own[1], theirs[2])):
         target = end[..., HIDDEN_UNITS].double()
         tokens = [
-            (m - t).square().sum() / t.square().sum()
+            2 - 2 * (m @ t) / (m.norm() * t.norm())
             for m, t in zip(mine.double().flatten(0, 1), target.flatten(0, 1), strict=True)
         ]
         distances.append(torch.stack(tokens).unflatten(0, target.shape[:2]).mean(1))

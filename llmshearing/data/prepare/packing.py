@@ -66,7 +66,7 @@ class Packer:
     those of them that are longer than one, and sequences without a token that counts.
     """
 
-    write: Callable[[np.ndarray, np.ndarray | None], None]
+    write: Callable[..., None]
     max_seq_len: int
     dtype: str
     limit: int | None
@@ -110,9 +110,11 @@ class Packer:
         self.rest_mask = [] if masks is None else masks[whole:].astype(int).tolist()
 
     def _write(self, sequence: np.ndarray, mask: np.ndarray | None) -> None:
-        self.write(sequence, mask)
         self.sequences += 1
-        if mask is not None:
+        if mask is None:
+            self.write(sequence)
+        else:
+            self.write(sequence, mask)
             answers = int(mask[1:].sum())
             self.answer_tokens += answers
             self.unanswered_sequences += not answers

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshearing.errors import ShearingError
@@ -55,8 +56,16 @@ class NonUniformConfig(PretrainedConfig):
 
 
 def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
-    """A config of transformers, by its model_type."""
-    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    """A config of transformers, by its model_type.
+
+    Raises:
+        ShearingError: the installed transformers refuses it. 5 checks more than 4.57 does.
+    """
+    try:
+        return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    except StrictDataclassError as error:
+        said = error.__cause__ or error
+        raise ShearingError(f"transformers {__version__} refuses a config of this shape: {said}") from error
 
 
 def register() -> None:

@@ -34,6 +34,7 @@ RECORDED = ("loss/train/", "pruning/", "mixture/")
 LEFT_OUT = ("/perplexity", "/epoch", "/excess", "/loss", "loss/train/total")
 """... and what they end with that others tell already."""
 AT_MOST = 2000  # lines of steps, where the run's length is known in batches
+DRAWN = 100  # the time between two drawings, in those that the first of them took
 Method = TypeVar("Method", bound=Callable[..., None])
 
 
@@ -74,7 +75,7 @@ def _layers(masks: L0Masks, kind: str, value: torch.Tensor) -> np.ndarray:
 
 
 class RunRecord(LoggerDestination):
-    """Writes `run.jsonl`, draws `report.html` at each evaluation and at the end, and logs its figures as images.
+    """Writes `run.jsonl`, draws `report.html` at evaluations and at the end, and logs its figures as images.
 
     Args:
         folder: of the run. opening: of :meth:`Recorder.start`, what it does not find out itself. masks, to_target: as
@@ -98,6 +99,7 @@ class RunRecord(LoggerDestination):
         self.values: dict[str, float] = {}
         self.seconds, self.mark = 0.0, time.perf_counter()
         self.begun = self.ended = False
+        self.drawn_from = 0.0  # on the clock of perf_counter
         self.waiting: list[Callable[[], None]] = []
         """What an evaluation before the first batch has told."""
         self.curves: dict[str, list[tuple[float, float]]] = {}
@@ -174,10 +176,17 @@ class RunRecord(LoggerDestination):
 
         if self.begun:
             write()
-            leave(self.recorder.folder)
+            self._draw()
         else:
             self.waiting.append(write)
         self._log_images(maps, logger)
+
+    def _draw(self) -> None:
+        """Draw the page, unless that would come to more than a hundredth of the time."""
+        began = time.perf_counter()
+        if began >= self.drawn_from:
+            leave(self.recorder.folder)
+            self.drawn_from = began + DRAWN * (time.perf_counter() - began)
 
     def _log_images(self, maps: Mapping[str, Mapping[str, Any]], logger: Logger) -> None:
         """To those loggers that take images (W&B, TensorBoard)."""

@@ -1,0 +1,135 @@
+"""A target against the programs that read the result: their rules against what these programs do."""
+
+import json
+
+import pytest
+import torch
+from tiny import VARIANTS, config_of
+from transformers import AutoModelForCausalLM
+
+from llmshearing.cli import main
+from llmshearing.compat import HEADS_DIVIDE_HIDDEN
+from llmshearing.errors import ShearingError
+from llmshearing.families import table_for
+from llmshearing.families.megatron import Parallel, arguments_of, layout_of
+from llmshearing.families.readers import READERS, hints, nearest, refusals, with_shape
+from llmshearing.gguf.write import check_held
+
+SOURCE = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "intermediate_size": 24}
+ODD = {"hidden_size": 18, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def source_of(family="llama", **changes):
+    config = config_of(family, next(iter(VARIANTS[family])), **{**SOURCE, **changes})
+    return config, table_for(config)
+
+
+def refuses(work):
+    try:
+        work()
+    except (ShearingError, ValueError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "shape", [ODD, {**ODD, "hidden_size": 16}, {"num_attention_heads": 6, "num_key_value_heads": 3}], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "granite"])
+def test_rules_are_what_the_readers_do(family, shape):
+    """Those that run here: the writers of GGUF and of shards, and whichever transformers is installed."""
+    config, table = source_of(family)
+    changed, small = with_shape(config, table, {**table.shape(), **shape})
+    found = refusals(changed, small)
+    real = type(config)(**{**config.to_dict(), **shape}) if not HEADS_DIVIDE_HIDDEN else changed
+    assert ("gguf" in found) == refuses(lambda: check_held(real, small))
+    for name, tp in (("megatron", 1), ("megatron-tp2", 2), ("megatron-tp4", 4)):
+        held = refuses(lambda tp=tp: (layout_of(small), arguments_of(changed, small, Parallel(tp))))
+        assert (name in found) == held
+    loads = not refuses(lambda: type(config)(**{**config.to_dict(), **shape}))
+    assert loads == (("transformers5" if HEADS_DIVIDE_HIDDEN else "transformers4") not in found)
+
+
+def test_each_refusal_names_the_keys_and_values():
+    config, table = source_of()
+    found = refusals(*with_shape(config, table, {**table.shape(), **ODD}))
+    assert set(found) == {"transformers5", "ctranslate2", "megatron-tp8"}
+    assert found["transformers5"] == [
+        "hidden_size = 18 is no multiple of num_attention_heads = 4, which its configs ask for"
+    ]
+    assert "hidden_size = 18 is not num_attention_heads = 4 of 4 each" in found["ctranslate2"][0]
+
+
+@pytest.mark.parametrize(
+    "names", [["transformers5"], ["ctranslate2"], ["transformers5", "gguf", "megatron-tp4"], [*READERS]]
+)
+def test_the_nearest_shape_is_taken_and_none_is_nearer(names):
+    config, table = source_of()
+    found = nearest(config, table, {**table.shape(), **ODD}, names)
+    assert not refusals(*with_shape(config, table, found), names)
+    if names == ["transformers5"]:  # 18 is between 16 and 20, multiples of 4
+        assert found == {**table.shape(), **ODD, "hidden_size": 20}
+    if names == ["ctranslate2"]:
+        assert found["hidden_size"] == 4 * found["num_attention_heads"]
+
+
+def test_layers_that_differ_in_size():
+    config, table = source_of()
+    shape = {**table.shape(), "intermediate_size": [24, 16, 8]}
+    found = refusals(*with_shape(config, table, shape))
+    assert "gguf" not in found and found["ctranslate2"] == ["layers differ in size"]
+    assert "layers differ in size" in found["megatron"][0]
+    config, table = source_of("qwen2", head_dim=4)
+    assert (
+        "layers differ in size"
+        in refusals(*with_shape(config, table, {**table.shape(), "intermediate_size": [24, 16, 8]}))["gguf"][0]
+    )
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_every_family_has_an_answer_of_every_reader(family):
+    config = config_of(family, next(iter(VARIANTS[family])))
+    found = refusals(config, table_for(config))
+    assert found.keys() <= READERS.keys() and all(reason for reasons in found.values() for reason in reasons)
+    assert all("is a multiple of" in hint for hint in hints(table_for(config)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config, _ = source_of()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def prune(folder, *words):
+    target = ["hidden_size=18", "num_attention_heads=4", "num_key_value_heads=2"]
+    out = folder.parent / "out"
+    return main(["prune", "random", "--model", str(folder), "--output", str(out), "--target", *target, *words])
+
+
+def test_a_dry_run_says_who_refuses_and_the_nearest_shape(folder, capsys):
+    assert prune(folder, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "transformers4: takes it" in said and "transformers5: refuses: hidden_size = 18" in said
+    assert "nearest shape that" in said and not (folder.parent / "out").exists()
+
+
+def test_a_named_reader_makes_it_an_error(folder, caplog):
+    assert prune(folder, "--readers", "transformers5") == 1
+    assert "transformers5 would refuse the result: hidden_size = 18 is no multiple" in caplog.text
+    assert "nearest shape that transformers5 take: hidden_size=20" in caplog.text
+    assert not (folder.parent / "out").exists()
+
+
+def test_a_reader_that_takes_it_lets_it_through(folder):
+    if HEADS_DIVIDE_HIDDEN:
+        pytest.skip("transformers 5 is installed, which refuses this shape")
+    assert prune(folder, "--readers", "transformers4", "gguf") == 0
+    assert json.loads((folder.parent / "out" / "parity.json").read_text())["passed"]
+
+
+def test_an_unknown_reader_is_wrong_usage(folder):
+    with pytest.raises(SystemExit) as ended:
+        prune(folder, "--readers", "word")
+    assert ended.value.code == 2
