@@ -125,7 +125,7 @@ def test_targets_that_are_none_are_named(place, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("module", "said"), [("peft", "LoRA and adapters need peft"), ("accelerate", "finetuning need")]
+    ("module", "said"), [("peft", "LoRA and adapters need peft"), ("accelerate", "training steps need accelerate")]
 )
 def test_a_missing_extra_is_named(place, tmp_path, caplog, monkeypatch, module, said):
     real = lm_eval_tasks.import_module
