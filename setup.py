@@ -81,6 +81,8 @@ setup(
     name="llmshearing",
     version=read_version(),
     description="Structured pruning of language models: learned masks, one fold, continued pretraining.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["llmshearing", "llmshearing.*"]),

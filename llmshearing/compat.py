@@ -34,6 +34,9 @@ EAGER_EXPERTS = {"experts_implementation": "eager"} if FIVE else {}
 """Option of from_pretrained for mixtures of experts of any width. 5's own choice refuses rows of a weight that are no
 multiple of 16 bytes ("strides should be multiple of 16 bytes")."""
 
+TIES_WHAT_IS_ABSENT = FIVE
+"""Whether loading ties a tensor only where it is not stored, in either direction. 4.57 ties by the config alone."""
+
 FEWEST_HEADS = 1 if FIVE else 0
 """Query heads of a row without which attention fails."""
 

@@ -21,6 +21,7 @@ from llmshearing.checkpoints.checkpoint import CheckpointInfo, check_weights, pl
 from llmshearing.checkpoints.generation import readable
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.output import check_file
+from llmshearing.compat import TIES_WHAT_IS_ABSENT
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.stored import as_stored
@@ -63,6 +64,8 @@ def load_hf_model(
     _check_report(str(name), report)
     if absent := [key for key, parameter in model.named_parameters() if parameter.is_meta]:
         raise ShearingError(f"{name}: tensors and config do not belong together: there is no {', '.join(absent)}")
+    if TIES_WHAT_IS_ABSENT and config.tie_word_embeddings:
+        model.tie_weights()  # what the config ties is one tensor, also where files have two that differ
     return as_stored(model)
 
 

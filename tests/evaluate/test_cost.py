@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmshearing.families import table_for
 from llmshearing.families.cost import cost_of
+from llmshearing.families.stored import as_stored
 from llmshearing.prune.flops import counted_flops
 
 CASES = [(family, name) for family, variants in VARIANTS.items() for name in variants]
@@ -14,7 +15,7 @@ CASES = [(family, name) for family, variants in VARIANTS.items() for name in var
 
 def model_of(family: str, name: str):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **VARIANTS[family][name])).eval()
+    return as_stored(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **VARIANTS[family][name])).eval())
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=[f"{family}-{name}" for family, name in CASES])

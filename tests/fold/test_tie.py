@@ -62,7 +62,7 @@ def test_the_rotation_makes_the_best_symmetric_matrix_diagonal(width, seed):
 class Cut:
     """A tied LLaMA, turned by a random Q and cut to its first columns. spread: of the final norm's weight about 1."""
 
-    def __init__(self, spread, rotate=True, width=7):
+    def __init__(self, spread, rotate=True, width=8):
         model = random_model(tiny_config(tie_word_embeddings=True))
         table, generator = table_for(model.config), torch.Generator().manual_seed(1)
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -94,12 +94,12 @@ def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit_or_is_r
 @pytest.mark.parametrize(("heads", "groups"), [(8, 1), (16, 2), (9, 3)])
 def test_a_ratio_is_shared_by_attention_and_mlp(ratio, heads, groups):
     """Few KV groups do not make the MLP pay: query heads inside the groups go too (the case of one unit a layer)."""
-    config = tiny_config(
-        hidden_size=64, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8, intermediate_size=160
+    sizes = {"hidden_size": 64 if heads != 9 else 72, "head_dim": 8}  # transformers 5 wants a multiple of heads
+    table = table_for(
+        tiny_config(**sizes, num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=160)
     )
-    table = table_for(config)
     shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
-    small = table_for(tiny_config(**{"hidden_size": 64, "head_dim": 8, **shape}))
+    small = table_for(tiny_config(**{**sizes, **shape}))
     left = [after / before for after, before in zip(parts(small), parts(table), strict=True)]
     assert max(left) <= 2.5 * (1 - ratio) and min(left) >= 0.4 * (1 - ratio), left
     assert small.count(counted_only=True) / table.count(counted_only=True) == pytest.approx(1 - ratio, abs=0.01)
