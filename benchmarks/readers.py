@@ -231,8 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except Exception as error:
                     rows.append([method, family, None, {"transformers": f"the method refuses: {_short(str(error))}"}])
                 sys.stderr.write(f"{method} {family}: {rows[-1][3]}\n")
+                if options.output:  # what is interrupted keeps its rows
+                    options.output.write_text(table(rows, {}))
         five = in_five(options.transformers5, folders, Path(scratch)) if options.transformers5 else {}
-    text = table(rows, five, options.readers)
+    text = table(rows, five)
     if options.output:
         options.output.write_text(text)
     else:
@@ -240,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(rows: Sequence[Sequence[Any]], five: dict[str, str], names: Sequence[str]) -> str:
+def table(rows: Sequence[Sequence[Any]], five: dict[str, str]) -> str:
     """The document."""
     used = versions(("transformers", "torch", "accelerate", "ctranslate2", "gguf"))
     columns = [*READERS, FIVE]
