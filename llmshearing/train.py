@@ -28,7 +28,7 @@ from llmshearing.training.handover import Folded, without_masks
 from llmshearing.training.onerun import after_fold, reached
 from llmshearing.training.resilience.build import restore_random
 from llmshearing.training.resilience.resume import check_files
-from llmshearing.training.resilience.signals import StopRequest, stop_request
+from llmshearing.training.resilience.signals import StoppedEarly, StopRequest, stop_request
 from llmshearing.training.resilience.stop import StopOnSignal
 from llmshearing.training.resilience.watch import meet, watching
 from llmshearing.training.source import Source, build_masks, read_source
@@ -97,7 +97,7 @@ def _stage(
             fit(trainer, cfg)
         except FoldDue as due:
             last = due.path
-        except Stopped:
+        except (Stopped, StoppedEarly):
             trainer.engine.close()
             raise
         if watch is not None:

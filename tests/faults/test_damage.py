@@ -16,7 +16,7 @@ from helpers_runs import configured, make_model
 from helpers_storage import save_sharded
 
 from llmshearing.checkpoints.checkpoint import CheckpointInfo, save_checkpoint
-from llmshearing.errors import ShearingError
+from llmshearing.errors import ShearingError, Stopped
 from llmshearing.storage import open_archive
 from llmshearing.train import train
 from llmshearing.training.resilience import resume
@@ -51,7 +51,7 @@ def test_a_signal_while_a_checkpoint_is_read_damages_nothing(tmp_path, lab, brok
     cfg, before = configured(lab, tmp_path, save_interval="2ba", autoresume=True), sorted(broken.iterdir())
     source = read_source(cfg)
     monkeypatch.setattr(resume, "verify", signalled)
-    with stop_request(), pytest.raises(ShearingError, match="stopped by SIGTERM before training began"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM before training began"), stop_request():
         prepare(cfg, source, build_masks(source, cfg))
     assert sorted(broken.iterdir()) == before
 

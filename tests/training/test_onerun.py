@@ -229,7 +229,7 @@ def test_the_choice_alone_refitted(lab, tmp_path):
     compact = AutoModelForCausalLM.from_config(read_checkpoint(run).info.config).eval()
     cut = fold(source.state_dict(), table_for(source.config), selection)
     compact.load_state_dict(cut)
-    ids = spread(trainer.state.train_dataloader.dataset.streams, 12)
+    ids, _ = spread(trainer.state.train_dataloader.dataset.streams, 12)
     assert refit(source, compact, table_for(source.config), selection, Calibration(ids, ids, "a", "b", 4)).kept
     state = load_plain(run / "pruned-ep0-ba4-rank0.pt")["state"]
     for name, value in compact.state_dict().items():

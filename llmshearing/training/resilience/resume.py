@@ -23,7 +23,7 @@ from composer.utils import dist, format_name_with_dist
 from llmshearing import files as durable
 from llmshearing.checkpoints.checkpoint import read_checkpoint
 from llmshearing.config import Config
-from llmshearing.errors import ShearingError, Stopped
+from llmshearing.errors import ShearingError
 from llmshearing.masks.l0 import L0Masks, no_energy
 from llmshearing.storage import Archive, open_archive
 from llmshearing.storage.torch_file import plain_types
@@ -150,8 +150,6 @@ def newest_whole(cfg: Config) -> tuple[Path, Archive] | None:
     for path in candidates:
         try:
             archive = verify(path)
-        except Stopped:  # a signal came while it was read, which says nothing of the file
-            raise
         except ShearingError as error:
             aside = _set_aside(path)
             log.error("%s; it is kept as %s, and the one before it is used", error, aside.name)

@@ -16,6 +16,10 @@ from llmshearing.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class StoppedEarly(BaseException):
+    """A signal before training, wherever the program is: no `except Exception` there may take it for a bad file."""
+
+
 class StopRequest:
     """The first signal that arrived, 0 for none. While ``deferred`` it is only noted; before that it ends the run."""
 
@@ -26,12 +30,17 @@ class StopRequest:
         """The signals' handler."""
         self.number = self.number or number
         if not self.deferred:
-            raise Stopped(f"stopped by {signal.Signals(number).name} before training began: there was nothing to save")
+            name = signal.Signals(number).name
+            raise StoppedEarly(f"stopped by {name} before training began: there was nothing to save")
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Hear the signals within the block. Outside of the main thread, where Python hears none, the request stays 0."""
+    """Hear the signals within the block. Outside of the main thread, where Python hears none, the request stays 0.
+
+    Raises:
+        Stopped: one came before training.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -39,6 +48,8 @@ def stop_request() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     try:
         yield request
+    except StoppedEarly as early:
+        raise Stopped(str(early)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
