@@ -91,7 +91,12 @@ def token_ids(config: PretrainedConfig, longest: int | None = None) -> Tensor:
 def scores_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """[B, T] -> [B, T, V], on the CPU."""
     model.eval()
-    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1).cpu()
+    config, asked = model.config, model.config.return_dict
+    config.return_dict = True  # models of transformers fail in their own middle where a config says false
+    try:
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1).cpu()
+    finally:
+        config.return_dict = asked
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
