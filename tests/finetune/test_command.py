@@ -56,7 +56,7 @@ def test_the_stored_dtype_is_kept(place, tmp_path):
 
 def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(place, tmp_path, caplog):
     caplog.set_level("INFO")
-    words = ["finetune", place / "source", place / "prompts.jsonl", "--max_steps", 40, "--save_every", 3]
+    words = ["finetune", place / "source", place / "prompts.jsonl", "--max_steps", 150, "--save_every", 3]
     words += ["--learning_rate", 0.01, "--batch_size", 4, "--device", "cpu", "--eval_fraction", 0.1]
     command = [sys.executable, "-m", "llmshearing", *map(str, words), "--output", str(tmp_path / "killed")]
     checkpoints = tmp_path / "killed-checkpoints"
@@ -67,8 +67,8 @@ def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(place, t
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    (checkpoints / "checkpoint-39").mkdir(exist_ok=True)  # as a kill leaves one that was being written
-    (checkpoints / "checkpoint-39" / "trainer_state.json").write_text("{")
+    (checkpoints / "checkpoint-149").mkdir(exist_ok=True)  # as a kill leaves one that was being written
+    (checkpoints / "checkpoint-149" / "trainer_state.json").write_text("{")
     assert run(*words, "--output", tmp_path / "killed") == 0
     assert "going on from" in caplog.text
     assert run(*words, "--output", tmp_path / "whole") == 0
