@@ -3,6 +3,7 @@ plain one."""
 
 from pathlib import Path
 
+import helpers_cache
 import numpy as np
 from helpers_runs import SEQ, VOCAB
 from streaming import MDSWriter
@@ -44,25 +45,8 @@ def write_answers(root: Path) -> Path:
 
 def run_settings(data: Path, source: Path, folder: Path | None, masks: dict | None = None) -> dict:
     """Six batches of both domains; with ``masks`` the source is pruned."""
-    mixture = {"dynamic": True, "set_names": NAMES, "proportion": [0.75, 0.25], "update_type": "constant"}
-    return {
-        "data_local": str(data),
-        "max_seq_len": SEQ,
-        "run_name": "answers",
-        "model": {"path": str(source), **({} if masks is None else {"l0_module": masks})},
-        "train_loader": {"dataset": {"split": "train"}},
-        "eval_loader": {"dataset": {"split": "eval"}},
-        "scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"},
-        "optimizer": {"lr": 1e-2},
-        "max_duration": "6ba",
-        "eval_interval": "3ba",
-        "global_train_batch_size": 4,
-        "device_eval_batch_size": 4,
-        "precision": "fp32",
-        "device": "cpu",
-        "callbacks": {"data_loading": mixture},
-        "progress_bar": False,
-        "python_log_level": None,
-        "save_folder": None if folder is None else str(folder),
-        "save_interval": "3ba",
-    }
+    settings = helpers_cache.run_settings(data, source, folder)
+    del settings["distill"]
+    settings["model"] |= {} if masks is None else {"l0_module": masks}
+    settings["callbacks"]["data_loading"] |= {"set_names": NAMES, "proportion": [0.75, 0.25]}
+    return {**settings, "run_name": "answers", "eval_interval": "3ba"}

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from llmshearing.data.json_file import read_json
 from llmshearing.data.text.conversations import BadRecord, encode_record
 from llmshearing.data.text.corpus import corpus_texts
-from llmshearing.data.text.sources import has_documents, is_plain_text, read_chunks
+from llmshearing.data.text.lines import NoText, record_of
+from llmshearing.data.text.sources import Lines, has_documents, is_plain_text, read_chunks
 from llmshearing.errors import ShearingError
 from llmshearing.progress import tqdm
 
@@ -196,9 +197,10 @@ def read_records(paths: Sequence[Path | str]) -> Iterator[tuple[str, Any]]:
             yield f"{path}:1", {"text": "".join(corpus_texts(path, what="data"))}
         elif path.suffix == JSON and path.read_bytes().lstrip()[:1] == b"[":
             for number, record in enumerate(read_json(path, "data", list), 1):
-                yield f"{path}, record {number}", record
+                yield _spelled(f"{path}, record {number}", record)
         else:
-            yield from _lines(path)
+            for where, record in _lines(path):
+                yield _spelled(where, record)
 
 
 def _files(paths: Sequence[Path | str]) -> Iterator[Path]:
@@ -221,17 +223,25 @@ def _is_known(path: Path) -> bool:
     return not parquet and (has_documents(path) or is_plain_text(path) or path.suffix == JSON)
 
 
+def _spelled(where: str, record: Any) -> tuple[str, Any]:
+    """Refuse what no tokenizer takes: JSON can spell half a surrogate pair, and a file can hold other bytes."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{where} has a lone surrogate or a byte that is no UTF-8") from error
+    return where, record
+
+
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The lines of a file, also of a compressed one."""
     for chunk in read_chunks([path], "", lambda size: None):
-        data, number = (chunk.content.data, chunk.content.first) if chunk.content is not None else (b"", 1)  # type: ignore[union-attr]
-        for at, line in enumerate(data.split(b"\n"), number):
-            if not line.strip():
-                continue
+        for number, line in chunk.content.numbered() if isinstance(chunk.content, Lines) else ():
             try:
-                yield f"{path}:{at}", json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise BadRecord(f"{path}:{at} is not JSON: {error or type(error).__name__}") from error
+                record = record_of(line)
+            except NoText as error:
+                raise BadRecord(f"{path}:{number} {error}") from error
+            if record is not None:
+                yield f"{path}:{number}", record
         if chunk.problems:
             raise ShearingError("\n".join(problem.said for problem in chunk.problems))
 

@@ -217,6 +217,16 @@ def test_what_is_no_conversation_is_one_error_with_its_line(tmp_path, tokenizer,
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+def test_records_are_strict_json(tmp_path, tokenizer, caplog):
+    """Texts take control characters as they are; programs write records, and escape them."""
+    write(tmp_path / "in" / "one" / "a.jsonl", prompts())
+    with (tmp_path / "in" / "one" / "a.jsonl").open("a") as file:
+        file.write('{"prompt": "a\tb", "completion": "c"}\n')
+    where = ["--input", str(tmp_path / "in"), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
+    assert main([*where, "--max_seq_len", str(SEQ), "--no_progress", "--processes", "1"]) == 1
+    assert "a.jsonl:41 is not JSON: Invalid control character at column 14" in caplog.text
+
+
 def test_bad_records_can_be_left_out_and_are_counted(tmp_path, tokenizer):
     write(tmp_path / "in" / "one" / "a.jsonl", [*chats(), {"messages": [{"role": "user", "content": "a"}]}])
     shares = {"eval_fraction": 0.0, "for_prune_fraction": 0.5, "progress": False, "on_error": "skip"}
