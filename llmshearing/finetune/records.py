@@ -30,16 +30,15 @@ from llmshearing.data.text.lines import NoText, record_of
 from llmshearing.data.text.sources import Lines, has_documents, is_plain_text, read_chunks
 from llmshearing.errors import ShearingError
 from llmshearing.progress import tqdm
+from llmshearing.prune.calibration import IGNORED
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
-"""The label of a token that is not learned, as torch's cross-entropy has it."""
 JSON = ".json"
 
 
 class Example(NamedTuple):
-    """ids int32 [n], labels int64 [n]: the ids that are learned, else IGNORED; the first is predicted from nothing."""
+    """ids int32 [n], labels int64 [n]: ids that are learned, else IGNORED (-100); the first is predicted from nothing."""
 
     ids: np.ndarray
     labels: np.ndarray

@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmshearing.data.text.lines import shown
 from llmshearing.errors import ShearingError
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ ASSISTANT = "assistant"
 ROLES = {"human": "user", "gpt": ASSISTANT, "bing": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT}
 """Of ShareGPT -> of chat templates; others are the same in both."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-KEYS_SHOWN = 10
 
 
 class BadRecord(ShearingError):
@@ -76,7 +76,7 @@ def encode_record(record: Any, tokenizer: PreTrainedTokenizerBase, where: str) -
 
 def form_of(record: Any, where: str) -> str:
     """TEXT, PROMPT, MESSAGES or SHAREGPT; raises BadRecord for what is none, or more than one."""
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise BadRecord(f"{where} is a {type(record).__name__}, not an object; known forms: {FORMS}")
     strings = {key for key in (TEXT, PROMPT, COMPLETION) if isinstance(record.get(key), str)}
     lists = {key for key in (MESSAGES, SHAREGPT) if isinstance(record.get(key), list)}
@@ -85,9 +85,7 @@ def form_of(record: Any, where: str) -> str:
         return found[0]
     if found:
         raise BadRecord(f"{where} is of several forms at once ({', '.join(found)}); known forms: {FORMS}")
-    keys = sorted(map(str, record))
-    more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
-    raise BadRecord(f"{where} is of no known form: it has {keys[:KEYS_SHOWN]}{more}; known forms: {FORMS}")
+    raise BadRecord(f"{where} is of no known form: it has {shown(record)}; known forms: {FORMS}")
 
 
 def messages_of(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
