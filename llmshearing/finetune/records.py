@@ -38,7 +38,7 @@ JSON = ".json"
 
 
 class Example(NamedTuple):
-    """ids int32 [n], labels int64 [n]: ids that are learned, else IGNORED (-100); the first is predicted from nothing."""
+    """ids int32 [n], labels int64 [n]: ids to be learned, else IGNORED (-100); the first is predicted from nothing."""
 
     ids: np.ndarray
     labels: np.ndarray
