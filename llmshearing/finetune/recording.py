@@ -45,7 +45,7 @@ def _tell(recorder: Recorder, record: Mapping[str, Any]) -> None:
     for each in history:
         step, seen = each["step"], round(each.get("epoch", 0.0) * tokens)
         if "loss" in each:
-            values = {"loss/train": each["loss"], "learning_rate": each["learning_rate"]}
+            values = {"loss/train/cross_entropy": each["loss"], "learning_rate": each["learning_rate"]}
             recorder.step(step, seen, seconds * (step - last), values)
             last = step
         if HELD_OUT in each:

@@ -91,5 +91,5 @@ def test_a_refused_pickle_is_not_advised_to_be_loaded_anyway(tmp_path: Path, oth
         before = torch.serialization.get_safe_globals()
         with pytest.raises(ShearingError, match=r"it names pathlib\.[\w.]+, which is no plain data") as error:
             open_archive(tmp_path / "x.pt")
-        assert torch.serialization.get_safe_globals() == before
+        assert set(torch.serialization.get_safe_globals()) == set(before)  # its list comes in no order
     assert "weights_only" not in str(error.value)
