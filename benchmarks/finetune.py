@@ -3,7 +3,7 @@
     python -m benchmarks.finetune --source models/source --corpus corpus --data data/mds --items ../shared/eval \\
         --target hidden_size=512 intermediate_size=1280 --tie_at 512
 
-Everything goes through the commands: prune turn, fisher and tie, finetune, evaluate. Stages that are done stay done.
+Everything goes through the commands: prune turn, fisher with a refit, tie, finetune, evaluate. What is done stays done.
 The text to learn from is the corpus without the documents of which a held-out sequence (`eval_merge` of the data) is a
 part. Losses are on `eval_merge`; tasks on local items, the first `--limit` of each.
 """
@@ -44,7 +44,9 @@ def main() -> None:
     data = ("--calibration", options.data, "--samples", options.samples, "--report_samples", options.report_samples)
     tie = ("--tie_at", options.tie_at) if options.tie_at else ()
     stage("turn", turned, "prune", "turn", "--model", options.source, "--output", turned, "--untie", *tie, *data)
-    stage("cut", cut, "prune", "fisher", "--model", turned, "--output", cut, *data, "--target", *options.target)
+    stage(
+        "cut", cut, "prune", "fisher", "--model", turned, "--output", cut, "--refit", *data, "--target", *options.target
+    )
     if options.tie_at:
         stage("tie", tied, "prune", "tie", "--model", cut, "--output", tied)
     small = tied if options.tie_at else cut
@@ -57,7 +59,7 @@ def main() -> None:
         seconds[way] = stage(
             way, out / way, "finetune", small, text, "--output", out / way, "--max_length", options.length,
             "--batch_size", options.batch, "--max_steps", steps, "--learning_rate", rates[way], "--save_every",
-            options.save_every, *more,
+            options.save_every, "--precision", options.precision, *more,
         )  # fmt: skip
     report(options, small, steps, seconds)
 
@@ -81,6 +83,7 @@ def arguments() -> argparse.Namespace:
     said.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     said.add_argument("--lora_rate", type=float, default=5e-4, help="learning rate (%(default)s)")
     said.add_argument("--full_rate", type=float, default=5e-5, help="learning rate (%(default)s)")
+    said.add_argument("--precision", default="auto", choices=("auto", "bf16", "float32"), help="of the training")
     said.add_argument("--save_every", type=int, default=50, help="steps to a checkpoint (%(default)s)")
     said.add_argument("--name", default="finetune", help="part of results/finetune.json (%(default)s)")
     said.add_argument("--output", type=Path, default=Path("out/finetune"), help="work folder (%(default)s)")
@@ -133,7 +136,7 @@ def report(options: argparse.Namespace, small: Path, steps: int, seconds: dict[s
     stage("evaluate", found / "evaluation.json", "evaluate", *words)
     result = json.loads((found / "evaluation.json").read_text())
     told = {"steps": steps, "tokens": steps * options.batch * options.length, "target": options.target}
-    kept = ("length", "batch", "samples", "documents", "lora_rate", "full_rate")
+    kept = ("length", "batch", "samples", "documents", "lora_rate", "full_rate", "precision")
     told |= {key: getattr(options, key) for key in kept}
     told |= {"items": options.limit} if options.items else {}
     rows = {model["name"]: row_of(model) for model in result["models"]}
