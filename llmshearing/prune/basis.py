@@ -32,6 +32,7 @@ from llmshearing.prune.energy import normed_rows
 from llmshearing.prune.method import frozen
 
 STEPS, RATE = 300, 3e-3
+SETTLED, PATIENCE = 1e-3, 30  # it ends early where this many steps lower the least error by less than this part
 RIDGE = 1e-6  # of P^T C P, whose mean eigenvalue is near 1
 
 
@@ -123,13 +124,16 @@ def output_basis(statistics: Mapping[str, NormStatistics], covariance: Tensor, k
     start = torch.linalg.eigh(covariance)[1].flip(1)[:, :keep]
     free = start.float().clone().requires_grad_()
     optimizer = torch.optim.Adam([free], lr=RATE)
-    best, least = start, float("inf")
+    best, found = start, [float("inf")]
     with torch.enable_grad(), tqdm(total=steps, desc="directions by output error", unit="step") as bar:
         for _ in range(steps):
             kept = torch.linalg.qr(free).Q
             loss = error(kept)
-            if loss.item() < least:
-                best, least = kept.detach().double(), loss.item()
+            if loss.item() < found[-1]:
+                best = kept.detach().double()
+            found.append(min(loss.item(), found[-1]))  # the least so far
+            if len(found) > PATIENCE + 1 and found[-1 - PATIENCE] - found[-1] < SETTLED * found[-1]:
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

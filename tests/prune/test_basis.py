@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
+from llmshearing.prune import basis
 from llmshearing.prune.basis import NormStatistics, OutputError, norm_statistics, output_basis
 from llmshearing.prune.energy import norm_covariance
 from llmshearing.prune.methods.fisher import choose as fisher
@@ -65,14 +66,26 @@ def test_it_loses_less_than_the_directions_of_most_energy(family):
     table, data = table_for(model.config), calibration_of(12)
     absorb(model, table)
     statistics, covariance = norm_statistics(model, table, data), norm_covariance(model, table, data)
-    basis = output_basis(statistics, covariance, 5)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    found = output_basis(statistics, covariance, 5)
+    torch.testing.assert_close(found.T @ found, torch.eye(len(found), dtype=torch.float64), rtol=1e-9, atol=1e-9)
     energy, _ = principal_basis(model, table, data)
     error = OutputError(statistics)
-    assert error(basis[:, :5].float()) < 0.95 * error(energy[:, :5].float())
-    carried = (basis * (covariance @ basis)).sum(0)
+    assert error(found[:, :5].float()) < 0.95 * error(energy[:, :5].float())
+    carried = (found * (covariance @ found)).sum(0)
     for part in (carried[:5], carried[5:]):  # each in order of energy
         assert (part.diff() <= 1e-9).all()
+
+
+def test_it_ends_where_nothing_is_gained(monkeypatch):
+    model = model_of("llama").eval()
+    table, data = table_for(model.config), calibration_of(12)
+    absorb(model, table)
+    statistics, covariance = norm_statistics(model, table, data), norm_covariance(model, table, data)
+    error = OutputError(statistics)
+    early = error(output_basis(statistics, covariance, 5, steps=1_000_000)[:, :5].float())
+    monkeypatch.setattr(basis, "PATIENCE", 1_000_000)
+    late = error(output_basis(statistics, covariance, 5, steps=600)[:, :5].float())
+    assert late <= early + 1e-6 and early <= 1.03 * late
 
 
 def exact_logits(model, ids):
