@@ -10,6 +10,7 @@ trains, and the first writes.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ from llmshearing.storage import open_weights
 
 log = logging.getLogger(__name__)
 
+ALONE = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LENGTH = 1024
 """Tokens of the longest sequence where none is given."""
 
@@ -98,7 +100,7 @@ def finetune(model: Path | str, data: Sequence[Path | str], options: Options, wh
         peft()
     tokenizer = load_text_tokenizer(str(where.tokenizer or model), str(model))
     examples = _read(model, data, tokenizer, options, where) if data else None
-    state = accelerate.PartialState(cpu=options.device == "cpu") if accelerate else None
+    state = _processes(accelerate, options) if accelerate else None
     set_seed(options.seed)
     source = _load(model)
     base = fingerprint(source.model)
@@ -117,6 +119,17 @@ def finetune(model: Path | str, data: Sequence[Path | str], options: Options, wh
         state.wait_for_everyone()
         state.destroy_process_group()
     return where.output
+
+
+def _processes(accelerate: Any, options: Options) -> Any:
+    """What accelerate knows of the other processes, if there are any."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # Composer leaves the rank of a process that has no others in the environment, without an address; accelerate takes
+    # it for a launcher's, and waits to be told where the others are.
+    if not started and "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        for name in ALONE:
+            os.environ.pop(name, None)
+    return accelerate.PartialState(cpu=options.device == "cpu")
 
 
 def _check(model: Path | str, data: Sequence[Path | str], options: Options, where: Where) -> None:
