@@ -151,7 +151,7 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
 
 
 def _attention(attention: str, model: PreTrainedModel) -> str:
-    """The implementation that a run takes: SDPA without a mask where nothing needs one, eager where there is no SDPA."""
+    """The implementation that a run takes: SDPA without a mask where none is needed, eager where there is none."""
     from llmshearing.training.model import CAUSAL_SDPA
 
     if attention != "sdpa":
