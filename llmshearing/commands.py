@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from textwrap import indent
 from typing import Any
 
@@ -25,6 +26,8 @@ from llmshearing.errors import ShearingError
 log = logging.getLogger("llmshearing")
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
+TRAINING = ("composer", "streaming")
+"""Modules that the extra `train` brings."""
 EXPECTED: tuple[type[Exception], ...] = (ShearingError, OSError)
 
 
@@ -65,8 +68,23 @@ def run(
 def lacking(error: Exception, what: str) -> ShearingError | None:
     """What to install, if an import failed that the extra `train` brings; some commands do without."""
     module = (getattr(error, "name", None) or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or module not in ("composer", "streaming"):
-        return None
+    return _absent(module, what) if isinstance(error, ModuleNotFoundError) and module in TRAINING else None
+
+
+def needs_training(what: str) -> None:
+    """End the program with one error where the extra `train` is not installed.
+
+    For modules that are programs themselves and import what it brings: they ask before they do.
+    """
+
+    def fail(module: str) -> int:
+        raise _absent(module, what)
+
+    if absent := [module for module in TRAINING if find_spec(module) is None]:
+        sys.exit(run(lambda: fail(absent[0])))
+
+
+def _absent(module: str, what: str) -> ShearingError:
     return ShearingError(f"{what} needs {module}, which is not installed: pip install 'llmshearing[train]'")
 
 

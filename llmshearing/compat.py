@@ -18,6 +18,9 @@ def _major(package: str) -> int:
 FIVE = _major("transformers") >= 5
 """transformers 5 or later."""
 
+INSTALLED = "transformers5" if FIVE else "transformers4"
+"""Which of `families.readers` the installed transformers is."""
+
 LAYER_TUPLES = not FIVE
 """Decoder layers that return a tuple: those of some families in transformers 4, none in 5."""
 

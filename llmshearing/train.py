@@ -13,12 +13,16 @@ import os
 import sys
 from pathlib import Path
 
+from llmshearing.commands import needs_training, parser, run
+
+if __name__ == "__main__":
+    needs_training("llmshearing train")  # one error, before an import below fails
+
 import torch
 from composer import Trainer
 from composer.utils import dist
 
 from llmshearing import files as durable
-from llmshearing.commands import parser, run
 from llmshearing.config import Config, load_config, to_yaml
 from llmshearing.errors import ShearingError, Stopped
 from llmshearing.families.readers import verdicts

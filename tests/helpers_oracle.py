@@ -7,12 +7,14 @@ Shape legend: B batch, T tokens, H query heads, D head_dim, d hidden, f intermed
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmshearing.compat import HEADS_DIVIDE_HIDDEN
+from llmshearing.families import table_for
 
 
 def hidden_sizes(heads, largest=16):
@@ -36,6 +38,11 @@ def tiny_config(**changes):
         "attn_implementation": "sdpa",
     }
     return LlamaConfig(**{**base, **changes})
+
+
+def tiny_table(head_mode="group", **changes):
+    """The table of :func:`tiny_config`, also of sizes of which the installed transformers makes no config."""
+    return table_for(SimpleNamespace(**{**tiny_config().to_dict(), **changes}), head_mode)
 
 
 def random_model(config, seed=0):

@@ -12,6 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from llmshearing.compat import EAGER_EXPERTS
 from llmshearing.prune.methods import Calibration
 
 VARIANTS = {
@@ -59,7 +60,8 @@ def model_of(family, dtype=torch.float32, seed=0, **changes):
     if family == "llama":
         return random_model(config_of(family, **changes), seed).to(dtype).eval()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(family, **changes)).to(dtype)
+    experts = EAGER_EXPERTS if family == "mixtral" else {}
+    model = AutoModelForCausalLM.from_config(config_of(family, **changes), **experts).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Small tokenizers of every kind, trained on the same sentences, for the tests of the vocabulary."""
 
+import json
+
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +25,23 @@ def train_sentencepiece(folder, kind):
         hard_vocab_limit=False, self_test_sample_size=3,
     )  # fmt: skip
     text.unlink()
+
+
+def add_beside_sentencepiece(folder, token):
+    """Add a special token as transformers 4 does, in files beside the model; its id."""
+    number = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {"0": "<unk>", "1": "<s>", "2": "</s>", str(number): token}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": [token]}
+    config = {
+        "added_tokens_decoder": {i: {"content": text, **plain, "special": True} for i, text in added.items()},
+        "add_bos_token": True, "add_eos_token": False, "legacy": True, "tokenizer_class": "LlamaTokenizer", **special,
+    }  # fmt: skip
+    for name, values in (
+        ("added_tokens", {token: number}), ("tokenizer_config", config), ("special_tokens_map", special)
+    ):  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return number
 
 
 def train_byte_level(folder):

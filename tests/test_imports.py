@@ -118,6 +118,15 @@ def test_training_without_composer_says_what_to_install(tmp_path: Path, name: st
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize(("module", "name"), [("train", "train"), ("training.cache.cli", "distill cache")])
+def test_programs_of_their_own_say_it_too(tmp_path: Path, module: str, name: str) -> None:
+    """`python -m` of a module that imports Composer at its top, and the launcher's way, which is the same."""
+    code = f"import runpy; sys.argv = ['x', 'x.yaml']; runpy.run_module('llmshearing.{module}', run_name='__main__')"
+    found = _commands(tmp_path, code)
+    said = f"error: llmshearing {name} needs composer, which is not installed: pip install 'llmshearing[train]'"
+    assert (found.returncode, found.stderr.splitlines()[-1]) == (1, said) and "Traceback" not in found.stderr
+
+
 def test_importing_the_package_takes_less_than_50_milliseconds() -> None:
     """The fastest of five processes; what is measured is user time, which other work does not lengthen much."""
     code = (

@@ -64,7 +64,8 @@ class CheckpointInfo:
         try:
             return constructible(AutoConfig.for_model(**self.hf_config))
         except Exception as error:  # transformers takes any key, and each may fail in its own way
-            raise ShearingError(f"config of the checkpoint cannot be used: {error}") from error
+            said = (error.__cause__ or error) if isinstance(error, StrictDataclassError) else error
+            raise ShearingError(f"config of the checkpoint cannot be used: {said}") from error
 
     def then(self, done: str, **changes: Any) -> CheckpointInfo:
         """This information after one more step of its history."""

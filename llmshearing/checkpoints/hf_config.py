@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from llmshearing.checkpoints.generation import constructible
 from llmshearing.errors import ShearingError
+from llmshearing.families.nonuniform.table import TYPE
+from llmshearing.families.portable import portable
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +47,13 @@ def read_config(name: Path | str) -> PretrainedConfig:
     computed. Generation settings that transformers cannot read are left out too, with a warning.
 
     Raises:
-        ShearingError: it is missing, unreadable or of an unknown model type, or says that the weights are quantized.
+        ShearingError: it is missing, unreadable or of an unknown model type, has text for numbers, or says that the
+            weights are quantized.
     """
     try:
         values, _ = PretrainedConfig.get_config_dict(str(name))
+        if problems := list(text_for_numbers(values)):
+            raise ShearingError("\n".join(f"{CONFIG} of {name}: {said}" for said in problems))
         plain = _without_needless(str(name), values)
         config = _loaded(str(name), plain if plain.keys() != values.keys() else None)
     except ShearingError:
@@ -55,6 +61,51 @@ def read_config(name: Path | str) -> PretrainedConfig:
     except Exception as error:  # transformers and the hub raise many kinds
         raise ShearingError(f"the config of {name} cannot be loaded: {_said(error)}") from error
     return constructible(config)
+
+
+def text_for_numbers(values: Mapping[str, Any]) -> Iterator[str]:
+    """What a config's JSON gives as text where the family's own config has a number.
+
+    transformers 4.57 takes such values, and the model fails somewhere later or, with a size, nowhere. Where the family
+    has nothing or something compound, as for rotary positions, text that reads as a number is meant.
+    """
+    try:
+        default = CONFIG_MAPPING[str(values.get("model_type")).removeprefix(TYPE)]()
+    except Exception:  # no such family, or one that has no defaults: transformers reads it and says
+        return
+    own, every = portable(default.to_dict()), PretrainedConfig().to_dict()
+    for key, value in values.items():
+        name = default.attribute_map.get(key, key)
+        if name not in own or _is_number(every.get(name)):  # not the family's, or a setting of generation
+            continue
+        if _is_number(own[name]):
+            found = [(key, value)] if isinstance(value, str) else []
+        else:
+            found = [] if name in every else [each for each in _texts(key, value) if _reads_as_number(each[1])]
+        for place, text in found:
+            right = f": {text.strip()}" if _reads_as_number(text) else ""
+            yield f"{place} = {text!r}: must be a number, without quotes{right}"
+
+
+def _texts(place: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a value of JSON, with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, (dict, list)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(f"{place}.{key}", each)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _without_needless(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,5 +144,7 @@ def _loaded(name: str, values: Mapping[str, Any] | None) -> PretrainedConfig:
 
 def _said(error: Exception) -> str:
     """What an error says; with its kind, where that alone tells something."""
+    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # it alone says which field, and what of it
     kind = type(error).__name__
     return str(error) if isinstance(error, (OSError, ValueError, ImportError)) else f"{kind}: {error}"

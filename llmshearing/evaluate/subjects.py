@@ -137,7 +137,14 @@ def _bytes(entries: Mapping[str, Any], table: Table | None) -> int:
 def _of_masks(path: str, checkpoint: Checkpoint, tokenizer: str | None) -> list[Subject]:
     """The model as the masks have it now, and the one that they aim at."""
     masks = load_masks(checkpoint)
-    found = [_folded(path, NOW, checkpoint, masks, masks.selection(masks.deterministic(to_target=False)), tokenizer)]
+    found = []
+    try:
+        selection = masks.selection(masks.deterministic(to_target=False))
+        found.append(_folded(path, NOW, checkpoint, masks, selection, tokenizer))
+    except ShearingError as error:  # on its way a model may have a shape that transformers does not build
+        if masks.target is None:
+            raise
+        log.warning("warning: %s [%s] is left out: %s", path, NOW, error)
     if masks.target is not None:
         found.append(_folded(path, TARGET, checkpoint, masks, final_selection(masks), tokenizer))
     return found

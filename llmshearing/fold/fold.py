@@ -389,8 +389,9 @@ def folded_shape(table: Table, selection: Selection) -> dict[str, int]:
             problems.append(f"{key} differs between layers ({listed})")
     if problems:
         raise ShearingError("a uniform model needs one size for all layers: " + "; ".join(problems))
-    shape = {**next(iter(sizes.values())), table.layers_key: len(selection.kept_layers(table.layers))}
-    if problems := table.shape_problems(shape):
+    layer, own = next(iter(sizes.items()))
+    shape = {**own, table.layers_key: len(selection.kept_layers(table.layers))}
+    if problems := table.at_layer(layer).shape_problems(shape):
         raise ShearingError("\n".join(problems))
     return shape
 
@@ -426,9 +427,11 @@ def folded_config(config: Mapping[str, Any], table: Table, selection: Selection)
     Raises:
         ShearingError: the family has no model of this shape.
     """
-    sizes = list(folded_sizes(table, selection).values())
-    kept = selection.kept_layers(table.layers)
-    problems = {say: None for size in sizes for say in table.shape_problems({**size, table.layers_key: len(kept)})}
+    by_layer, kept = folded_sizes(table, selection), selection.kept_layers(table.layers)
+    sizes, layers = list(by_layer.values()), {table.layers_key: len(kept)}
+    problems = {
+        say: None for layer, own in by_layer.items() for say in table.at_layer(layer).shape_problems({**own, **layers})
+    }
     if problems:
         raise ShearingError("\n".join(problems))
     config = portable(config)

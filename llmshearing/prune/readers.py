@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmshearing.errors import ShearingError
 from llmshearing.families import family_of
 from llmshearing.families.readers import check_readers, nearest_said, refusals, verdicts, with_shape
-from llmshearing.prune.run import Plan
+
+if TYPE_CHECKING:
+    from llmshearing.prune.run import Plan
 
 
 def check_target(plan: Plan, names: Iterable[str]) -> None:

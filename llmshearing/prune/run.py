@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmshearing.checkpoints.hf_config import read_config
 from llmshearing.checkpoints.hf_read import as_loaded, load_hf_model, looks_local
 from llmshearing.checkpoints.output import check_directory, history_of
+from llmshearing.compat import INSTALLED
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, table_for
 from llmshearing.families.family import COMMON_LAYERS
@@ -39,6 +40,7 @@ from llmshearing.prune.calibration import SequenceOptions, read_calibration
 from llmshearing.prune.energy import norm_energy
 from llmshearing.prune.methods import METHODS, Calibration, Choice, Method
 from llmshearing.prune.methods.decoder import find_decoder, layer_by_layer
+from llmshearing.prune.readers import check_target
 from llmshearing.prune.recording import record_prune
 from llmshearing.prune.refit import check_refittable
 from llmshearing.prune.refit import refit as refit_model
@@ -109,6 +111,7 @@ def prune(
     if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise ShearingError(f"output {output} is the source; give another directory")
     plan = plan_of(method, model, target, {**options, "save_gpu_memory": save_gpu_memory})
+    check_target(plan, [INSTALLED])  # the result is built here: a refusal is to come before the work
     data = _calibration(calibration, model, plan.config, sequences)
     if refit:
         _check_refit(plan, data, pad)

@@ -108,7 +108,8 @@ def resolve_target(asked_for: Mapping[str, Any], table: Table, method: Method) -
     if DROP in wanted:
         layers = [{**shape, table.layers_key: table.layers - len(wanted[DROP])} for shape in layers]
     head_mode = fill_heads(layers, source, wanted, table.keys)
-    if misfits := {say: None for shape in layers for say in table.shape_problems(shape)}:
+    misfits = {say: None for layer, shape in enumerate(layers) for say in table.at_layer(layer).shape_problems(shape)}
+    if misfits:
         raise ShearingError("\n".join(misfits))
     if layers == source:
         own = joined(source)

@@ -143,18 +143,24 @@ def load_model(source: Source, cfg: Config) -> PreTrainedModel:
         model = load_hf_model(cfg.model.path, torch.float32, stored)
     if source.basis is not None and reads_source(cfg):
         turn_model(model, source.stored_table, source.basis, untie=source.stored is not None)
-    model.set_attn_implementation(_causal(attention, source.config))
+    model.set_attn_implementation(_attention(attention, model))
     if cfg.model.activation_checkpointing:
         # Gates are shared between layers: only the non-reentrant form recomputes them rightly.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def _causal(attention: str, config: PretrainedConfig) -> str:
+def _attention(attention: str, model: PreTrainedModel) -> str:
+    """The implementation that a run takes: SDPA without a mask where none is needed, eager where there is none."""
     from llmshearing.training.model import CAUSAL_SDPA
 
-    windowed = getattr(config, "sliding_window", None) is not None
-    return CAUSAL_SDPA if attention == "sdpa" and not windowed else attention
+    if attention != "sdpa":
+        return attention
+    if not model._supports_sdpa:  # a soft cap of attention scores, to which SDPA has no place
+        log.info("attention is eager: transformers does not compute %s with sdpa", type(model).__name__)
+        return "eager"
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    return attention if windowed else CAUSAL_SDPA
 
 
 def turn_problems(cfg: Config, table: Table) -> Iterator[str]:

@@ -114,14 +114,21 @@ def test_whatever_stands_for_a_size_is_taken_or_one_error(plain, tmp_path_factor
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": "4"}, "num_hidden_layers = '4': must be a whole number from 1"),
+        ({"num_hidden_layers": "4"}, "config.json of .*: num_hidden_layers = '4': must be a number, without quotes: 4"),
+        ({"num_hidden_layers": 4.0}, "num_hidden_layers = 4.0: must be a whole number from 1|expected int, got float"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 4: must be a multiple of num_key_value_heads = 3"),
-        ({"intermediate_size": None}, "intermediate_size = None: must be a whole number from 1"),
+        (
+            {"intermediate_size": None},
+            "intermediate_size = None: must be a whole number from 1|loaded: TypeError: Field 'intermediate_size' exp",
+        ),
         ({"hidden_size": 0}, "hidden_size = 0: must be a whole number from 1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
         ({"model_type": "foo"}, "config of .* cannot be loaded: .*foo"),
         ({"model_type": ["llama"]}, "config of .* cannot be loaded"),
-        ({"rms_norm_eps": "1e-5"}, "the model cannot run: TypeError|config of .* cannot be loaded"),
+        ({"rms_norm_eps": "1e-5"}, "config.json of .*source: rms_norm_eps = '1e-5': must be a number.*: 1e-5"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small': must be a number, without quotes$"),
+        ({"head_dim": "4", "rope_theta": "1e4"}, "head_dim = '4': must.*\\n.*rope_theta = '1e4': must be a number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor = '2': must be a number"),
     ],
 )
 def test_a_config_that_no_model_can_have(plain, tmp_path, changes, message):
@@ -129,6 +136,20 @@ def test_a_config_that_no_model_can_have(plain, tmp_path, changes, message):
     with pytest.raises(ShearingError, match=message):
         prune("depth", folder, tmp_path / "out", {"drop_layers": [1]})
     assert not (tmp_path / "out").exists()
+
+
+def test_text_for_numbers_is_found_under_each_familys_own_keys(tmp_path):
+    """And under the names that transformers takes for them; what is text by right stays."""
+    values = {**GPT2Config().to_dict(), "layer_norm_epsilon": "1e-5", "activation_function": "gelu", "of_my_own": "3"}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_size": "768"}))
+    with pytest.raises(ShearingError) as error:
+        read_config(tmp_path)
+    said = [line.removeprefix(f"config.json of {tmp_path}: ") for line in str(error.value).splitlines()]
+    assert said == [f"{key}: must be a number, without quotes: {right}" for key, right in [
+        ("layer_norm_epsilon = '1e-5'", "1e-5"), ("hidden_size = '768'", "768")
+    ]]  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({**values, "layer_norm_epsilon": 1e-5}))
+    assert read_config(tmp_path).of_my_own == "3"
 
 
 def test_a_config_that_is_none_is_one_error(plain, tmp_path):

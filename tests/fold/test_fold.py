@@ -41,7 +41,7 @@ def uniform_cases(draw):
     config, head_mode = draw(configs()), draw(st.sampled_from(["group", "query"]))
     layers, groups = config.num_hidden_layers, config.num_key_value_heads
     repeat = config.num_attention_heads // groups
-    rows, per_row = (1, groups) if head_mode == "group" else (groups, repeat)
+    rows, per_row, other = (1, groups, repeat) if head_mode == "group" else (groups, repeat, groups)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
 
     def gates(rows_, size, keep):
@@ -51,7 +51,7 @@ def uniform_cases(draw):
 
     keep = {
         "head": (kept := draw(st.integers(1, per_row))),
-        "hidden": draw(st.sampled_from(hidden_sizes(kept * rows * (repeat if rows == 1 else 1), config.hidden_size))),
+        "hidden": draw(st.sampled_from(hidden_sizes(kept * other, config.hidden_size))),
         "intermediate": draw(st.integers(1, config.intermediate_size)),
         "layer": draw(st.integers(1, layers)),
     }
@@ -64,7 +64,7 @@ def uniform_cases(draw):
     shape = {
         "hidden_size": keep["hidden"],
         "intermediate_size": keep["intermediate"],
-        "num_attention_heads": keep["head"] * (repeat if head_mode == "group" else groups),
+        "num_attention_heads": keep["head"] * other,
         "num_key_value_heads": keep["head"] if head_mode == "group" else groups,
         "num_hidden_layers": keep["layer"],
         "vocab_size": config.vocab_size,

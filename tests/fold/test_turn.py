@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.stored import as_stored
 from llmshearing.fold.fold import fold, folded_config
 from llmshearing.fold.gating import attach, detach
 from llmshearing.fold.selection import Selection, Units
@@ -47,7 +48,8 @@ REFUSED = {
 
 def model_of(family, seed=0, **changes):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).double().eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes}))
+    model = as_stored(model).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn_like(parameter)

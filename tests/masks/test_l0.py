@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_oracle import tiny_config
 
+from llmshearing.compat import FEWEST_HEADS
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.masks import hard_concrete as hc
@@ -126,7 +127,9 @@ def test_selection_rows_are_equally_long_and_hold_every_open_unit():
     head = torch.tensor([[0.5, 0.0, 0.3, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     hidden = torch.tensor([0.5, 0, 0, 0.1] * 3)
     selection = selection_from_gates(table, {"head": head, "hidden": hidden})
-    assert [units.index.tolist() for units in selection.units["head"]] == [[0, 1, 2, 3], [], [0, 1, 2, 3]]
+    fewest = [0, 2][: 2 * FEWEST_HEADS]  # of each KV group, with gates of 0
+    assert [units.index.tolist() for units in selection.units["head"]] == [[0, 1, 2, 3], fewest, [0, 1, 2, 3]]
+    assert not selection.units["head"][1].gate.any()
     assert selection.units["head"][0].gate.tolist() == head[0].tolist()
     assert selection.units["hidden"][0].index.tolist() == [0, 3, 4, 7, 8, 11]
 

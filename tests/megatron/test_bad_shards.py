@@ -187,7 +187,8 @@ def test_what_megatron_cannot_hold_is_refused_by_name(case, tmp_path, caplog):
 
 
 def test_groups_that_ranks_cannot_share_are_refused(tmp_path, caplog):
-    hf = save_hf(tmp_path / "hf", num_attention_heads=12, num_key_value_heads=4, head_dim=4, intermediate_size=36)
+    hf = save_hf(tmp_path / "hf", num_attention_heads=12, num_key_value_heads=4, head_dim=4, intermediate_size=36,
+                 hidden_size=48)  # fmt: skip
     assert main(["convert", str(hf), str(tmp_path / "out"), "--tp", "6"]) == 1
     assert "num_key_value_heads = 4: neither a multiple nor a divisor of 6" in caplog.records[-1].getMessage()
 

@@ -18,6 +18,7 @@ from transformers import (
 from llmshearing.errors import ShearingError
 from llmshearing.families import table_for
 from llmshearing.families.nonuniform.config import config_of
+from llmshearing.families.stored import as_stored
 from llmshearing.fold.fold import fold, folded_config
 from llmshearing.fold.selection import Selection, Units, layer_gates
 from llmshearing.prune.methods.decoder import batch_loss
@@ -29,7 +30,7 @@ RIDGE = 0.1
 
 def cut(model, table, selection):
     config = config_of(folded_config(model.config.to_dict(), table, selection))
-    small = AutoModelForCausalLM.from_config(config).eval()
+    small = as_stored(AutoModelForCausalLM.from_config(config)).eval()
     small.load_state_dict(fold(model.state_dict(), table, selection), strict=True)
     return small
 
@@ -148,7 +149,8 @@ def test_norms_with_biases_and_joined_batches_are_taken(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         config(**sizes, **more, tie_word_embeddings=False, max_position_embeddings=32)
-    ).eval()
+    )
+    model = as_stored(model).eval()
     table, selection, data = table_for(model.config), Selection({}, layer_gates(3, [1])), calibration_of(16)
     small = cut(model, table, selection)
     before = {name: value.clone() for name, value in small.state_dict().items()}

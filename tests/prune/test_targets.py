@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from helpers_oracle import tiny_config
+from helpers_oracle import tiny_config, tiny_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,12 +69,11 @@ def parts(table):
 def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit_or_is_refused(
     ratio, groups, each, intermediate
 ):
-    config = tiny_config(
+    table = tiny_table(
         num_attention_heads=groups * each, num_key_value_heads=groups, intermediate_size=intermediate
     )
-    table = table_for(config)
     wanted = (1 - ratio) * table.count(counted_only=True)
-    unit = 3 * config.hidden_size * config.num_hidden_layers
+    unit = 3 * table.axes["hidden"].length * table.layers
     try:
         shape = resolve_target({"ratio": ratio}, table, RANDOM).shape
     except ShearingError as error:
@@ -83,10 +82,10 @@ def test_a_ratio_meets_the_block_parameters_within_one_intermediate_unit_or_is_r
             return
         # No shape of one or more heads and units is near enough: the smallest of all is larger, or heads jump past.
         assert "cannot lose that part" in str(error)
-        smallest = table_for(tiny_config(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1))
+        smallest = tiny_table(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
         assert smallest.count(counted_only=True) > wanted - unit / 2 or groups * each > 1
         return
-    left = table_for(tiny_config(**shape)).count(counted_only=True)
+    left = tiny_table(**shape).count(counted_only=True)
     assert abs(left - wanted) <= unit / 2 + 1e-6
 
 

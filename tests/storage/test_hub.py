@@ -1,6 +1,9 @@
 """Weights of Hugging Face models in each of their forms; an index cannot lead out of its folder."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmshearing.errors import ShearingError
-from llmshearing.storage import find_file, open_weights
+from llmshearing.storage import open_weights
 
 WEIGHTS = {"a": torch.randn(3, 4), "b": torch.arange(5).bfloat16(), "c": torch.tensor(1.5)}
 
@@ -76,16 +79,15 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
         open_weights(tmp_path)
 
 
-def test_a_file_of_a_name_on_the_hub_comes_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache's own layout, offline."""
-    from transformers.utils import hub
-
+def test_a_file_of_a_name_on_the_hub_comes_from_its_cache(tmp_path: Path) -> None:
+    """The cache's own layout, offline. Where it is, is read once in a process."""
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     whole(snapshot)
-    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "_is_offline_mode", True)
-    found = find_file("owner/name", "model.safetensors")
-    assert found is not None and found.resolve() == (snapshot / "model.safetensors").resolve()
+    code = "from llmshearing.storage import find_file; print(find_file('owner/name', 'model.safetensors'))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_CACHE"}
+    environment |= {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).resolve() == (snapshot / "model.safetensors").resolve()

@@ -16,6 +16,7 @@ from llmshearing.families.family import KEYS, read
 from llmshearing.families.megatron.layout import SPECS
 from llmshearing.families.mixtral import MIXTRAL_KEYS
 from llmshearing.families.names import EXPERTS, GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
+from llmshearing.families.portable import portable
 from llmshearing.families.table import Table
 
 # Size -> Megatron's argument.
@@ -71,6 +72,7 @@ def arguments_of(config: Any, table: Table, parallel: Parallel) -> dict[str, Any
         ShearingError: listing everything that Megatron cannot hold, and every size that does not divide by the ranks.
     """
     sizes = table.sizes()
+    config = portable(config.to_dict() if hasattr(config, "to_dict") else vars(config))  # rotary keys of 4.57
     if problems := [*_unheld(config), *_uneven(sizes, table, parallel)]:
         raise ShearingError("Megatron cannot hold this model so: " + "; ".join(problems))
     scaling, window = read(config, ROPE, {}), _window(config)

@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmshearing.commands import parser, run
+from llmshearing.commands import needs_training, parser, run
+
+if __name__ == "__main__":
+    needs_training("llmshearing distill cache")  # one error, before an import below fails
+
 from llmshearing.data.mds.index import INDEX as MDS_INDEX
 from llmshearing.data.mds.shards import MdsDirectory
 from llmshearing.errors import ShearingError

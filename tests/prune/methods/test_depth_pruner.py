@@ -29,6 +29,8 @@ def loss_without(model, path, drop):
     kept = [layer for number, layer in enumerate(layers) if number not in drop]
     setattr(model.get_submodule(parent), name, nn.ModuleList(kept))
     model.config.num_hidden_layers = len(kept)
+    if (kinds := getattr(model.config, "layer_types", None)) is not None:  # transformers 5 looks at these, by place
+        model.config.layer_types = [kind for number, kind in enumerate(kinds) if number not in drop]
     ids = CALIBRATION.select
     with torch.no_grad():
         return model(input_ids=ids, labels=ids, use_cache=False).loss.item()

@@ -99,10 +99,10 @@ def test_turning_computes_the_same_and_chains_into_fisher(place, tmp_path):
     assert (log_probabilities(turned.path) - log_probabilities(place / "apart")).abs().max() < 1e-4
     assert turned.after.perplexity == pytest.approx(turned.before.perplexity, rel=1e-4)
     assert turned.choice.about["energy"] == sorted(turned.choice.about["energy"], reverse=True)
-    target = {"hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 2}
+    target = {"hidden_size": 8, "intermediate_size": 5, "num_hidden_layers": 2}
     small = prune("fisher", turned.path, tmp_path / "small", target, **from_text(place))
     selection, _ = load_selection(small.path / "selection.safetensors")
-    assert set(selection.energy) and AutoModelForCausalLM.from_pretrained(small.path).config.hidden_size == 6
+    assert set(selection.energy) and AutoModelForCausalLM.from_pretrained(small.path).config.hidden_size == 8
 
 
 def test_a_tied_model_is_parted_when_asked(place, tmp_path):

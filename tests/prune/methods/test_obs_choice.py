@@ -117,15 +117,15 @@ def test_the_whole_chain_leaves_a_selection_of_the_turned_model(tmp_path):
         "calibration": tmp_path / "text.txt",
         "sequences": SequenceOptions(samples=12, report_samples=4, max_seq_len=12),
     }
-    turned = prune("turn", tmp_path / "source", tmp_path / "turned", {}, **given, basis="output", keep=6)
-    target = {"hidden_size": 6, "intermediate_size": 5, "num_hidden_layers": 2}
+    turned = prune("turn", tmp_path / "source", tmp_path / "turned", {}, **given, basis="output", keep=8)
+    target = {"hidden_size": 8, "intermediate_size": 5, "num_hidden_layers": 2}
     small = prune("fisher", turned.path, tmp_path / "small", target, **given, units="obs", refit=True)
 
     selection, about = load_selection(small.path / "selection.safetensors")
     teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (turned.path, small.path))
     assert about["units"] == "obs" and set(about["refit"]) == {"ridge", "before", "after", "kept"}
     kept = selection.units["hidden"][0].index
-    assert kept.tolist() == list(range(6)) and len(selection.kept_layers(table_for(teacher.config).layers)) == 2
+    assert kept.tolist() == list(range(8)) and len(selection.kept_layers(table_for(teacher.config).layers)) == 2
     # The embedding is neither refitted nor gated: its columns tell which units of the teacher the student has.
     theirs, own = (model.get_input_embeddings().weight for model in (teacher, student))
     torch.testing.assert_close(own, theirs[:, kept], rtol=0, atol=0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_oracle import tiny_config
+from helpers_oracle import tiny_config, tiny_table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ def problems(draw):
     repeat = draw(st.integers(1, 3)) * (1 if groups % tp == 0 else tp)
     size = {"hidden_size": draw(st.integers(1, 4)) * tp, "intermediate_size": draw(st.integers(1, 5)) * tp}
     size |= {"num_key_value_heads": groups, "num_attention_heads": groups * repeat, "num_hidden_layers": 3}
-    table = table_for(tiny_config(head_dim=2, **size), mode)
+    table = tiny_table(mode, head_dim=2, **size)
     target = {**table.shape(), "num_hidden_layers": draw(st.integers(1, 3))}
     for key in ("hidden_size", "intermediate_size"):
         target[key] = draw(st.integers(1, size[key] // tp)) * tp

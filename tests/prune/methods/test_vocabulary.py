@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_tokenizers import SPECIAL, corpus, train_byte_level, train_sentencepiece
+from helpers_tokenizers import SPECIAL, add_beside_sentencepiece, corpus, train_byte_level, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmshearing.data.text import frequencies
 from llmshearing.data.text.codec import Codec
@@ -178,7 +178,7 @@ def test_model_config_and_chat_template_follow(tmp_path, tied):
     assert small.eos_token_id == new[old.eos_token_id]
     assert small.encode("paint")[-1] == new[old.eos_token_id]
     chat = [{"role": "user", "content": "walked 中 😀"}]
-    both = [tokenizer.apply_chat_template(chat, tokenize=True) for tokenizer in (old, small)]
+    both = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for tokenizer in (old, small)]
     assert both[1][0] == new[both[0][0]]
     assert small.decode(both[1]) == old.decode(both[0]) == old.apply_chat_template(chat, tokenize=False)
     # The rows follow their tokens: the same text of kept tokens has the same logits on kept tokens.
@@ -201,17 +201,20 @@ def test_slow_and_fast_tokenizers_of_the_lab_agree(tmp_path):
     kept = keep(2000, read_tokenizers(LAB / "tokenizer", 4096), counts, set())
     write_tokenizer(LAB / "tokenizer", {old: rank for rank, old in enumerate(kept)}, tmp_path)
     fast, slow = (AutoTokenizer.from_pretrained(tmp_path, use_fast=use) for use in (True, False))
+    source, plain = AutoTokenizer.from_pretrained(LAB / "tokenizer"), Codec(tmp_path)
     for text in list(corpus_texts(LAB / "corpus" / "eval" / "code"))[:5]:
         assert fast.encode(text) == slow.encode(text)
-        assert fast.decode(fast.encode(text), skip_special_tokens=True) == text
+        # transformers 5 loses one of the spaces that a text begins with, of the source's tokenizer too
+        before, after = (each.decode(each.encode(text), skip_special_tokens=True) for each in (source, fast))
+        assert after == before and after.lstrip() == text.lstrip()
+        assert plain.decode(plain.encode([text])[0]) == text
 
 
 def test_tokens_that_transformers_adds_to_a_sentencepiece_model_stay(tmp_path):
     train_sentencepiece(tmp_path, "bpe")
-    slow = LlamaTokenizer(str(tmp_path / "tokenizer.model"))
-    assert slow.add_tokens(["<extra>"], special_tokens=True) == 1
-    slow.save_pretrained(tmp_path)
-    extra = slow.convert_tokens_to_ids("<extra>")
+    extra = add_beside_sentencepiece(tmp_path, "<extra>")
+    slow = AutoTokenizer.from_pretrained(tmp_path, use_fast=False)
+    assert slow.convert_tokens_to_ids("<extra>") == extra
     model, text = model_in(tmp_path, 430, False), tmp_path / "text.txt"
     text.write_text("".join(corpus()), encoding="utf-8")
     table, out = table_for(model.config), tmp_path / "out"
@@ -219,7 +222,7 @@ def test_tokens_that_transformers_adds_to_a_sentencepiece_model_stay(tmp_path):
     out.mkdir()
     choice.write_tokenizer(out)
     kept = choice.selection.units["vocab"][0].index.tolist()
-    small = LlamaTokenizer.from_pretrained(out)
+    small = AutoTokenizer.from_pretrained(out, use_fast=False)
     assert small.convert_tokens_to_ids("<extra>") == kept.index(extra)
     before, after = (tokenizer.encode("walk<extra>") for tokenizer in (slow, small))
     assert small.decode(after) == slow.decode(before)
