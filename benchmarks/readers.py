@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ from llmshearing.families import UNIFORM
 Row = tuple[str, str, Path | None, dict[str, str]]
 """(method, family, directory, reader -> cell)."""
 FIRST = next(iter(READERS))
+IMPORTED_ONCE = ("torch._dynamo", "peft", "lm_eval.models.huggingface", "torchao.quantization", "ctranslate2")
+"""For all processes: what takes seconds to import."""
 IN_FIVE = """
 import json, sys, torch, llmshearing
 from transformers import AutoModelForCausalLM
@@ -150,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="families at a time, each in a process (%(default)s)")
     parser.add_argument("--output", type=Path, help="a Markdown file; else standard output")
     options = parser.parse_args(argv)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes for a compiler that is not used here
     rows: list[Row] = []
     python = options.transformers5
     five = version_in(python) if python else None
@@ -171,7 +175,9 @@ def _mapped(work: Callable[[str], list[Row]], families: Sequence[str], jobs: int
     if jobs == 1:
         yield from map(work, families)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.readers", *IMPORTED_ONCE])  # those that are not there are left out
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         yield from pool.map(work, families)
 
 
