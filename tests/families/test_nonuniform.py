@@ -146,7 +146,7 @@ def test_a_static_cache_has_the_heads_of_each_layer():
 
 @pytest.mark.skipif(not FIVE, reason="transformers 4.57 has no per-layer configs")
 def test_transformers_5_reads_the_sizes_of_each_layer():
-    """Its own class of config does, from the same values (LLaMA's does not, of heads); its own model is not built yet."""
+    """Its own class of config does, from the same values (LLaMA's refuses heads); its own model is not built yet."""
     values = {key: value for key, value in model_of("mistral").config.to_dict().items() if key != "layer_sizes"}
     theirs = AutoConfig.for_model(**{**values, "model_type": "mistral"})
     assert theirs.is_heterogeneous
