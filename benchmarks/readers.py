@@ -15,32 +15,37 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
+from benchmarks.readers_checks import FIVE, NOT_RUN, READERS, TOLERANCE, forget
+from benchmarks.readers_models import METHODS, attention_of, make
 from llmshearing.checkpoints.parity import largest_difference, scores_of, token_ids
 from llmshearing.families import UNIFORM
-from llmshearing.families.names import INTERMEDIATE, LAYERS
-from llmshearing.prune.calibration import SequenceOptions
-from llmshearing.prune.run import prune
 
-TOLERANCE = 1e-2
-Check = Callable[[Path, PreTrainedModel, Tensor], Tensor]
+Row = tuple[str, str, Path | None, dict[str, str]]
+"""(method, family, directory, reader -> cell)."""
+FIRST = next(iter(READERS))
+IMPORTED_ONCE = ("torch._dynamo", "peft", "lm_eval.models.huggingface", "torchao.quantization", "ctranslate2")
+"""For all processes: what takes seconds to import."""
 IN_FIVE = """
 import json, sys, torch, llmshearing
-from transformers import AutoModelForCausalLM, __version__
-said = {"version": __version__}
+from transformers import AutoModelForCausalLM
+said = {}
 for folder in sys.argv[2:]:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -54,125 +59,52 @@ json.dump(said, open(sys.argv[1], "w"))
 """
 
 
-def _plain(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return scores_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+def cell(difference: float, tolerance: float = TOLERANCE, note: str = "") -> str:
+    if difference <= tolerance and math.isfinite(difference):
+        return f"works, {difference:.0e}{note}"
+    return f"**differs**, {difference:.2g}{note}"
 
 
-def _generate(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The last position after a static cache has seen the others."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
-    with torch.no_grad():
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        last = model(
-            input_ids=ids[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-            cache_position=torch.tensor([ids.shape[1] - 1]),
-        )
-    whole = scores_of(model, ids)
-    return torch.cat([whole[:, :-1], last.logits.float().log_softmax(-1)], dim=1)
-
-
-def _compiled(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits = torch.compile(model, backend="aot_eager")(input_ids=ids, use_cache=False).logits
-    torch._dynamo.reset()
-    return logits.float().log_softmax(-1)
-
-
-def _accelerate(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return scores_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto"), ids)
-
-
-def _ctranslate2(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    import ctranslate2
-    import numpy as np
-
-    out = str(folder / "ctranslate2")
-    ctranslate2.converters.TransformersConverter(str(folder)).convert(out, force=True)
-    generator = ctranslate2.Generator(out, device="cpu", compute_type="float32", inter_threads=1, intra_threads=1)
-    found = generator.forward_batch([row.tolist() for row in ids], return_log_probs=True)
-    return torch.from_numpy(np.array(found))[..., : model.config.vocab_size]
-
-
-def _llama_cpp(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    from llmshearing.checkpoints.hf_read import read_hf
-    from llmshearing.gguf.check import llama_cpp_scores
-    from llmshearing.gguf.convert import export_gguf
-
-    weights, info = read_hf(folder, {})
-    info = replace(info, tokenizer=None)  # words with numbers, which are no pairs to merge
-    file = export_gguf(weights, info, folder / "model.gguf", {}, where=str(folder), overwrite=True, check=False)
-    return llama_cpp_scores(file, ids)
-
-
-READERS: dict[str, tuple[str | None, Check]] = {
-    "transformers": (None, _plain),
-    "static cache": (None, _generate),
-    "torch.compile": (None, _compiled),
-    "accelerate": ("accelerate", _accelerate),
-    "ctranslate2": ("ctranslate2", _ctranslate2),
-    "llama.cpp": ("llama_cpp", _llama_cpp),
-}
-"""Name -> package that it needs beside torch and transformers, and how it computes log-probabilities."""
-FIVE = "transformers 5"
-NOT_RUN = ("PEFT", "lm-eval", "torch.export", "torchao", "vLLM", "TensorRT-LLM", "ExLlama", "MLX")
-
-
-def make(family: str, method: str, folder: Path, tiny: Callable[..., Any]) -> Path:
-    """A tiny model of a family, pruned by a method, in a directory."""
-    config, keys = tiny(family), UNIFORM[family].keys
-    torch.manual_seed(0)
-    source = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for value in source.parameters():
-            value.add_(0.1 * torch.randn_like(value))
-    source.save_pretrained(folder / "source")
-    _tokenizer(folder / "source", config.vocab_size)
-    text = folder / "text.txt"
-    text.write_text("\n".join(" ".join(f"w{(3 * line + word) % 60}" for word in range(24)) for line in range(200)))
-    key = keys[LAYERS] if method == "depth" else keys[INTERMEDIATE]
-    target = {key: 2 if method == "depth" else 32}
-    few = SequenceOptions(max_seq_len=16, samples=8, report_samples=4)
-    return prune(method, folder / "source", folder / "pruned", target, calibration=text, sequences=few).path
-
-
-def _tokenizer(folder: Path, tokens: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{at}": 3 + at for at in range(tokens - 3)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
-
-def cell(difference: float) -> str:
-    return f"works, {difference:.0e}" if difference <= TOLERANCE else f"**differs**, {difference:.2g}"
-
-
-def row_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+def row_of(family: str, folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Reader -> what it did with a directory."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention_of(family)).eval()
     ids = token_ids(model.config)
     torch.save(ids, folder / "ids.pt")
     wanted, found = scores_of(model, ids), {}
     torch.save(wanted, folder / "wanted.pt")
-    for name, (package, check) in READERS.items():
+    for name, reader in READERS.items():
         if name not in names:
             found[name] = "not run"
-        elif package is not None and find_spec(package) is None:
+        elif reader.package is not None and find_spec(reader.package) is None:
             found[name] = "not installed"
         else:
             try:
-                found[name] = cell(largest_difference(check(folder, model, ids), wanted))
+                with redirect_stdout(sys.stderr):  # readers talk
+                    told = reader.check(folder, model, ids)
+                difference = told if isinstance(told, float) else largest_difference(told, wanted)
+                found[name] = cell(difference, reader.tolerance, reader.note)
             except Exception as error:  # each reader raises its own kinds
                 found[name] = f"refuses: {_short(str(error) or type(error).__name__)}"
     return found
+
+
+def rows_of(family: str, methods: Sequence[str], names: Sequence[str], five: str | None, scratch: Path) -> list[Row]:
+    """The rows of a family, one a method. five: an interpreter that has transformers 5."""
+    logging.disable(logging.ERROR)  # in processes of its own too; readers log what the table says
+    rows: list[Row] = []
+    for method in methods:
+        try:
+            folder = make(family, method, scratch / f"{family}-{method}")
+            rows.append((method, family, folder, row_of(family, folder, names)))
+        except Exception as error:
+            rows.append((method, family, None, {FIRST: f"the method refuses: {_short(str(error))}"}))
+        sys.stderr.write(f"{method} {family}: {rows[-1][3]}\n")
+    forget()
+    if five:
+        said = in_five(five, [folder for _, _, folder, _ in rows if folder is not None], scratch / f"{family}.json")
+        for _, _, folder, found in rows:
+            found[FIVE] = said.get(folder, "-")
+    return rows
 
 
 def _short(text: str) -> str:
@@ -180,20 +112,22 @@ def _short(text: str) -> str:
     return line if len(line) <= 110 else line[:107] + "..."
 
 
-def in_five(python: str, folders: Sequence[Path], scratch: Path) -> dict[str, str]:
-    """Directory -> what transformers 5 did with it, in an interpreter of its own."""
-    told = scratch / "five.json"
+def in_five(python: str, folders: Sequence[Path], told: Path) -> dict[Path | None, str]:
+    """Directory -> what transformers 5 did with it, in an interpreter of its own, which writes to the file ``told``."""
     subprocess.run([python, "-c", IN_FIVE, str(told), *map(str, folders)], check=True, stderr=subprocess.DEVNULL)
-    said = json.loads(told.read_text())
-    found = {"version": said["version"]}
+    found: dict[Path | None, str] = {}
     for folder in folders:
-        error = said[str(folder)]
-        if error is not None:
-            found[str(folder)] = f"refuses: {_short(error)}"
+        if error := json.loads(told.read_text())[str(folder)]:
+            found[folder] = f"refuses: {_short(error)}"
         else:
             scores, wanted = (torch.load(folder / name, weights_only=True) for name in ("five.pt", "wanted.pt"))
-            found[str(folder)] = cell(largest_difference(scores, wanted))
+            found[folder] = cell(largest_difference(scores, wanted))
     return found
+
+
+def version_in(python: str) -> str:
+    code = "from importlib.metadata import version; print(version('transformers'))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def versions(names: Iterable[str]) -> str:
@@ -213,27 +147,22 @@ def versions(names: Iterable[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(UNIFORM), choices=list(UNIFORM))
-    parser.add_argument("--methods", nargs="+", default=["random", "activation", "fisher", "obs", "depth"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS))
     parser.add_argument("--transformers5", metavar="PYTHON", help="an interpreter that has transformers 5")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time, each in a process (%(default)s)")
     parser.add_argument("--output", type=Path, help="a Markdown file; else standard output")
     options = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
-    rows, folders = [], []
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes for a compiler that is not used here
+    rows: list[Row] = []
+    python = options.transformers5
+    five = version_in(python) if python else None
     with tempfile.TemporaryDirectory() as scratch:
-        for family in options.families:
-            for method in options.methods:
-                place = Path(scratch) / f"{family}-{method}"
-                try:
-                    folder = make(family, method, place, tiny_config)
-                    rows.append([method, family, folder, row_of(folder, options.readers)])
-                    folders.append(folder)
-                except Exception as error:
-                    rows.append([method, family, None, {"transformers": f"the method refuses: {_short(str(error))}"}])
-                sys.stderr.write(f"{method} {family}: {rows[-1][3]}\n")
-                if options.output:  # what is interrupted keeps its rows
-                    options.output.write_text(table(rows, {}))
-        five = in_five(options.transformers5, folders, Path(scratch)) if options.transformers5 else {}
+        each = partial(rows_of, methods=options.methods, names=options.readers, five=python, scratch=Path(scratch))
+        for made in _mapped(each, options.families, options.jobs):
+            rows += made
+            if options.output:  # what is interrupted keeps its rows
+                options.output.write_text(table(rows, five))
     text = table(rows, five)
     if options.output:
         options.output.write_text(text)
@@ -242,49 +171,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(rows: Sequence[Sequence[Any]], five: dict[str, str]) -> str:
-    """The document."""
-    used = versions(("transformers", "torch", "accelerate", "ctranslate2", "gguf"))
+def _mapped(work: Callable[[str], list[Row]], families: Sequence[str], jobs: int) -> Iterator[list[Row]]:
+    if jobs == 1:
+        yield from map(work, families)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.readers", *IMPORTED_ONCE])  # those that are not there are left out
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        yield from pool.map(work, families)
+
+
+HEAD = """# Readers of what is written
+
+Printed by `python -m benchmarks.readers`: do not edit. Tiny models, float32, one CPU thread. A cell says the largest
+difference of a log-probability from transformers' own, in nats; up to 0.01 is "works". `not run` and `not installed`
+mean that. What each reader asks of a shape is known to `llmshearing prune --dry-run` (`families/readers.py`).
+
+Methods: `turn` turns hidden units and `fisher` then cuts them to 3/4, where heads stay as wide as they were.
+`vocabulary` cuts 64 tokens to 48. `unequal` is `fisher` with a number of intermediate units for each layer. `tie` is
+not run: it needs a turned model whose head and embedding lie in one space, and writes the form that others write.
+
+What cells mean:
+
+- **torch.compile, torch.export**: the program is made once for each shape, and given the weights of each row. It is
+  made whole, with `backend="aot_eager"` and with `strict=False`. Mixtures of experts of transformers 4.57 loop over the
+  experts that tokens chose, which cannot be exported.
+- **PEFT**: a LoRA adapter on all linear layers changes nothing at first. With random weights it is saved, loaded and
+  merged; the cell is the largest of the three differences.
+- **lm-eval**: `HFLM`'s log-likelihood of each token of the sequences.
+- **torchao**: linear layers in int8, weights alone. Its difference is that of rounding random weights of a tiny model,
+  which is large where experts are chosen by a router. "works" means that it is within 0.01 of the same weights rounded
+  to int8 by other code. GPT-2's layers are no `nn.Linear`: of it only the head is rounded.
+- **Gemma 2**: transformers 4.57 runs it with SDPA by default, which leaves out `attn_logit_softcapping` without a word:
+  about 1e-3 here. transformers 5 always takes the eager attention. The reference is 4.57's eager attention.
+- **ctranslate2, Gemma 2**: its converter leaves out `attn_logit_softcapping`, `final_logit_softcapping`,
+  `query_pre_attn_scalar` and `sliding_window`; it agrees to 2e-6 where none of them changes anything. A window of 4
+  tokens makes 3 nats. Gemma 3's `final_logit_softcapping` and `query_pre_attn_scalar`, and the windows of Qwen2 and
+  Qwen3, are left out too. `--readers ctranslate2` refuses such models.
+- **llama.cpp, GELU**: it reads GELU from a table in float16, which is about 1e-3 (docs/gguf.md).
+- **transformers 5, mixtures of experts**: 1e-6 is the order of additions, as experts are one fused product there.
+"""
+
+
+def table(rows: Sequence[Row], five: str | None) -> str:
+    """The document. five: version of transformers 5."""
+    used = versions(("transformers", "torch", "accelerate", "peft", "lm_eval", "torchao", "ctranslate2", "gguf"))
     columns = [*READERS, FIVE]
     lines = [
-        "# Readers of what is written",
-        "",
-        "Printed by `python -m benchmarks.readers`: do not edit. Tiny models, float32, one CPU thread. A cell says the",
-        "largest difference of a log-probability from transformers' own, in nats; `not run` and `not installed` mean",
-        "that. What each reader asks of a shape is known to `llmshearing prune --dry-run` (`families/readers.py`).",
-        "",
-        f"Versions: {used}" + (f"; transformers 5: {five['version']}." if five else "."),
+        HEAD,
+        f"Versions: {used}" + (f"; transformers 5: {five}." if five else "."),
         f"Not run at all: {', '.join(NOT_RUN)}.",
         "",
         "| method | family | " + " | ".join(columns) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
     for method, family, folder, found in rows:
-        own = {**found, FIVE: five.get(str(folder), "not run")}
-        lines.append(f"| {method} | `{family}` | " + " | ".join(own.get(name, "-") for name in columns) + " |")
+        cells = (found.get(name, "not run" if folder else "-") for name in columns)
+        lines.append(f"| {method} | `{family}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
-
-
-SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
-BASE = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
-OWN: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 64, "n_inner": 96},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
-    "gemma2": GEMMA, "gemma3_text": GEMMA,
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3": {"head_dim": 16},
-    "qwen3_moe": {
-        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True,
-    },
-}  # fmt: skip
-
-
-def tiny_config(family: str) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[family](**{**BASE, **IDS, "tie_word_embeddings": False, **OWN.get(family, {})})
 
 
 if __name__ == "__main__":

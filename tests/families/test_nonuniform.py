@@ -1,6 +1,7 @@
 """Models whose layers differ in size: loaded by transformers' Auto classes, counted, padded, refused where wrong."""
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ from helpers_prune import calibration_of, config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmshearing.checkpoints.hf_read import hf_to_checkpoint
+from llmshearing.compat import FIVE
 from llmshearing.errors import ShearingError
 from llmshearing.families import FAMILIES, UNIFORM, table_for
 from llmshearing.families import UNIFORM as BASES
-from llmshearing.families.nonuniform.table import TYPE
+from llmshearing.families.nonuniform.table import TYPE, per_layer
 from llmshearing.masks.l0 import L0Masks
 from llmshearing.prune.pad import main as pad
 
@@ -118,3 +120,46 @@ def test_it_is_a_checkpoint_too_and_can_be_padded_but_not_masked(tmp_path, caplo
 def test_sizes_of_another_number_of_layers_are_refused():
     with pytest.raises(ShearingError, match="layer_sizes of intermediate_size: must list 4 sizes"):
         model_of(layer_sizes={"intermediate_size": [3, 4]})
+
+
+def test_transformers_5_s_form_is_written_too_and_enough_to_build_from(tmp_path):
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    each = [{key: sizes[layer] for key, sizes in SIZES.items()} for layer in range(4)]
+    assert stored["per_layer_config"] == {str(layer): sizes for layer, sizes in enumerate(each)}
+    del stored["layer_sizes"]
+    del stored["per_layer_config"]["0"]["intermediate_size"]  # as in the rest of the config
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    read, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and torch.equal(logits(read), logits(model))
+    assert read.config.layer_sizes == SIZES
+    assert [layer.num_key_value_heads for layer in read.config.per_layer_config] == SIZES["num_key_value_heads"]
+
+
+def test_a_static_cache_has_the_heads_of_each_layer():
+    model, options = model_of(), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = model.generate(input_ids=IDS[:1, :4], **options)
+    fixed = model.generate(input_ids=IDS[:1, :4], cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(fixed, wanted)
+
+
+@pytest.mark.skipif(not FIVE, reason="transformers 4.57 has no per-layer configs")
+def test_transformers_5_reads_the_sizes_of_each_layer():
+    """Its own class of config does, from the same values (LLaMA's refuses heads); its own model is not built yet."""
+    values = {key: value for key, value in model_of("mistral").config.to_dict().items() if key != "layer_sizes"}
+    theirs = AutoConfig.for_model(**{**values, "model_type": "mistral"})
+    assert theirs.is_heterogeneous
+    for key, sizes in SIZES.items():
+        assert [getattr(layer, key) for layer in theirs.per_layer_config] == sizes
+    with pytest.raises(RuntimeError, match="per-layer attribute"):  # when this fails, write the family's own type
+        AutoModelForCausalLM.from_config(theirs)
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(ShearingError, match="per_layer_config of layer 4: there are layers 0 to 3"):
+        model_of(layer_sizes=None, per_layer_config={"4": {"intermediate_size": 3}})
+
+
+def test_numbers_of_layers_sort():
+    assert list(per_layer({"a": list(range(11))}))[:2] == ["00", "01"] and per_layer({}) == {}

@@ -1,6 +1,7 @@
 """A target against the programs that read the result: their rules against what these programs do."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import VARIANTS, config_of
 from transformers import AutoModelForCausalLM
 
+from benchmarks.readers_checks import READERS as CHECKS
+from benchmarks.readers_models import tiny_config, tiny_model
+from llmshearing.checkpoints.parity import largest_difference, scores_of, token_ids
 from llmshearing.cli import main
 from llmshearing.compat import HEADS_DIVIDE_HIDDEN, INSTALLED
 from llmshearing.errors import ShearingError
@@ -85,6 +89,40 @@ def test_layers_that_differ_in_size():
         "layers differ in size"
         in refusals(*with_shape(config, table, {**table.shape(), "intermediate_size": [24, 16, 8]}))["gguf"][0]
     )
+
+
+GEMMA2 = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "left_out"),
+    [
+        ("gemma2", {**GEMMA2, "attn_logit_softcapping": 1.0}, "attn_logit_softcapping = 1.0"),
+        ("gemma2", {**GEMMA2, "final_logit_softcapping": 5.0}, "final_logit_softcapping = 5.0"),
+        ("gemma2", {**GEMMA2, "sliding_window": 4}, "sliding_window = 4"),
+        ("gemma2", {**GEMMA2, "query_pre_attn_scalar": 64}, "query_pre_attn_scalar = 64"),
+        ("gemma2", GEMMA2, None),
+        ("gemma3_text", {"final_logit_softcapping": 5.0}, "final_logit_softcapping = 5.0"),
+        ("gemma3_text", {}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding_window = 4"),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4}, None),
+    ],
+)
+def test_what_ctranslate2_leaves_out_is_refused(tmp_path, family, changes, left_out):
+    """Where it is installed, it does compute another function then, and the same one where the rule lets it through."""
+    config = tiny_config(family, **changes)
+    said = refusals(config, table_for(config), ["ctranslate2"])
+    if left_out is None:
+        assert not said
+    else:
+        expected = f"its converter leaves out {left_out}: it would compute another function"
+        assert said == {"ctranslate2": [expected]}
+    if find_spec("ctranslate2") is None:
+        return
+    model = tiny_model(config, tmp_path)
+    ids = token_ids(model.config)
+    found = largest_difference(CHECKS["ctranslate2"].check(tmp_path, model, ids), scores_of(model, ids))
+    assert found > 1e-3 if left_out else found < 1e-4
 
 
 @pytest.mark.parametrize("family", VARIANTS)

@@ -16,6 +16,15 @@ CLASS = "NonUniform"
 """Before the name of the family's class."""
 SIZES = "layer_sizes"
 """Key of the config: key that differs -> its value in each layer."""
+PER_LAYER = "per_layer_config"
+"""Key of the config that tells the same in transformers 5's form: number of the layer -> key that differs -> value."""
+
+
+def per_layer(sizes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
+    """The value of PER_LAYER of what SIZES tells. Numbers have leading zeros, so that they sort."""
+    layers = len(next(iter(sizes.values()), ()))
+    width = len(str(layers - 1))
+    return {str(at).zfill(width): {key: of[at] for key, of in sizes.items()} for at in range(layers)}
 
 
 def nonuniform_family(family: Family) -> Family:
@@ -35,11 +44,11 @@ def config_with_sizes(config: Mapping[str, Any], sizes: Sequence[Mapping[str, in
     Args:
         sizes: of each layer, key of the config -> value; the same keys for all.
     """
-    plain = {key: value for key, value in config.items() if key != SIZES}
+    plain = {key: value for key, value in config.items() if key not in (SIZES, PER_LAYER)}
     differ = {key: [size[key] for size in sizes] for key in sizes[0] if len({size[key] for size in sizes}) > 1}
     plain["model_type"] = (TYPE if differ else "") + config["model_type"].removeprefix(TYPE)
     plain["architectures"] = [
         (CLASS if differ else "") + name.removeprefix(CLASS) for name in config.get("architectures") or ()
     ] or None
     largest = {key: max(size[key] for size in sizes) for key in sizes[0]}
-    return {**plain, **largest, **({SIZES: differ} if differ else {})}
+    return {**plain, **largest, **({SIZES: differ, PER_LAYER: per_layer(differ)} if differ else {})}
