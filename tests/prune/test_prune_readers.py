@@ -180,3 +180,10 @@ def test_an_unknown_reader_is_wrong_usage(folder):
     with pytest.raises(SystemExit) as ended:
         prune(folder, "--readers", "word")
     assert ended.value.code == 2
+
+
+def test_keys_that_repeat_another_follow_it():
+    """OPT tells its hidden units twice."""
+    config = config_of("opt", "tied")
+    changed, table = with_shape(config, table_for(config), {"hidden_size": 12})
+    assert (changed.hidden_size, changed.word_embed_proj_dim, table.axes["hidden"].length) == (12, 12, 12)
