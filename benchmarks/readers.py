@@ -90,7 +90,15 @@ def row_of(family: str, folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def rows_of(family: str, methods: Sequence[str], names: Sequence[str], five: str | None, scratch: Path) -> list[Row]:
     """The rows of a family, one a method. five: an interpreter that has transformers 5."""
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # in processes of its own too; readers log what the table says
+    try:
+        return _rows_of(family, methods, names, five, scratch)
+    finally:
+        logging.disable(before)
+
+
+def _rows_of(family: str, methods: Sequence[str], names: Sequence[str], five: str | None, scratch: Path) -> list[Row]:
     rows: list[Row] = []
     for method in methods:
         try:
