@@ -33,7 +33,7 @@ TRAIN_TESTS := tests/training/test_families.py tests/training/test_loss.py
 
 ifeq ($(STACK),current)
 WHAT := -r requirements-current.txt -e '.[test,examples]'
-# The slow ones compute nothing that the versions change; the other stack runs them.
+# Without the slow ones, to fit into CI: the other stack runs them.
 TESTS := -m 'not slow' $(CORE_TESTS) $(TRAIN_TESTS)
 else
 WHAT := -e '.[train,dev,examples]'

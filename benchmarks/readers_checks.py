@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.integrations.executorch import sdpa_mask_without_vmap
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -99,6 +98,8 @@ def _exported(folder: Path, model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The program is run on the tokens in another order too: it must not have kept those that it was made with."""
 
     def export() -> nn.Module:
+        from transformers.integrations.executorch import sdpa_mask_without_vmap  # gone in transformers 5
+
         own = load(folder)
         ALL_MASK_ATTENTION_FUNCTIONS.register(EXPORTABLE, sdpa_mask_without_vmap)
         ALL_ATTENTION_FUNCTIONS.register(EXPORTABLE, ALL_ATTENTION_FUNCTIONS["sdpa"])

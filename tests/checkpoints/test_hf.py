@@ -70,6 +70,7 @@ def test_directory_loads_strictly_and_gives_the_same_log_probabilities(
         assert build_model(weights, config).lm_head.weight is not None and "lm_head.weight" in weights
 
 
+@pytest.mark.slow
 def test_seed_commands(tmp_path: Path, source: Path, command: Callable) -> None:
     """HF -> Composer, the comparison, and back with the seeds' keys."""
     file, output = tmp_path / "state_dict.pt", tmp_path / "hf-latest_rank0"

@@ -20,7 +20,8 @@ def sharded(path: Path, folder: Path, ranks: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("case", "ranks"), [pytest.param("gqa", 2, marks=pytest.mark.slow), ("tied", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "ranks"), [("gqa", 2), ("tied", 1)])
 def test_it_folds_to_the_same_bits(tmp_path: Path, write_pruning: Callable, case: str, ranks: int) -> None:
     path, model, _ = write_pruning(case, dtype=torch.bfloat16)
     run = sharded(path, tmp_path / "fsdp" / "ep0-ba3", ranks).parent
