@@ -25,10 +25,10 @@ ifeq ($(filter default current,$(STACK)),)
 $(error STACK=$(STACK): known are default and current)
 endif
 
-# What needs no Composer; of what does, a short run of training.
+# What needs no Composer; of what does, a short run of training. The default stack compares both (tests/test_stacks.py).
 CORE_TESTS := tests/families tests/fold tests/masks tests/storage tests/prune tests/checkpoints tests/evaluate \
   tests/megatron/test_convert.py tests/megatron/test_bad_shards.py tests/megatron/test_prune_shards.py \
-  tests/data/test_mds_format.py tests/test_imports.py tests/test_files.py tests/test_commands.py tests/test_stacks.py
+  tests/data/test_mds_format.py tests/test_imports.py tests/test_files.py tests/test_commands.py
 TRAIN_TESTS := tests/training/test_families.py tests/training/test_loss.py
 
 ifeq ($(STACK),current)
