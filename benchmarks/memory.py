@@ -117,11 +117,11 @@ SHARDS = ["-m", "llmshearing", "convert"]
 CASES: dict[str, tuple[str, Callable[..., None], list[str], str]] = {
     "fold": ("pruning.pt", write_pruning, FOLD, "folded.pt"),
     "sharded": ("sharded", write_sharded, FOLD, "folded.pt"),
-    "export": ("plain.pt", write_plain, CONVERT, "exported"),
+    "export": ("plain.pt", write_plain, [*CONVERT, "--no-check"], "exported"),
     "import": ("hf", write_hf, CONVERT, "imported.pt"),
     "shards": ("hf", write_hf, [*SHARDS, "--tp=8"], "to_shards"),
     "reshard": ("from_shards", write_shards, [*SHARDS, "--tp=2"], "to_shards"),
-    "unshard": ("from_shards", write_shards, SHARDS, "exported"),
+    "unshard": ("from_shards", write_shards, [*SHARDS, "--no-check"], "exported"),
 }
 
 
