@@ -217,7 +217,7 @@ What cells mean:
   tokens makes 3 nats. Gemma 3's `final_logit_softcapping` and `query_pre_attn_scalar`, and the windows of Qwen2 and
   Qwen3, are left out too. `--readers ctranslate2` refuses such models.
 - **llama.cpp, GELU**: it reads GELU from a table in float16, which is about 1e-3 (docs/gguf.md).
-- **transformers 5, mixtures of experts**: 1e-6 is the order of additions, as experts are one fused product there.
+- **transformers 5, mixtures of experts**: up to 1e-6, with `experts_implementation="eager"` too: rounding of float32.
 """
 
 

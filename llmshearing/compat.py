@@ -46,3 +46,10 @@ FEWEST_HEADS = 1 if FIVE else 0
 RECORD_WITH_CACHE = not FIVE
 """Whether to use a cache where arguments of layers are recorded, to run them alone. 4.57 then leaves the causal mask to
 the attention kernel; 5 makes masks of sliding windows that are as wide as the cache."""
+
+
+def of_config(error: BaseException) -> BaseException:
+    """What a config's refusal says: 5 wraps it in an error that names only the step at which it was found."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from llmshearing.checkpoints.generation import constructible
+from llmshearing.compat import of_config
 from llmshearing.errors import ShearingError
 from llmshearing.families import DEFAULT, table_for
 from llmshearing.families.names import GROUPS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB
@@ -64,8 +65,7 @@ class CheckpointInfo:
         try:
             return constructible(AutoConfig.for_model(**self.hf_config))
         except Exception as error:  # transformers takes any key, and each may fail in its own way
-            said = (error.__cause__ or error) if isinstance(error, StrictDataclassError) else error
-            raise ShearingError(f"config of the checkpoint cannot be used: {said}") from error
+            raise ShearingError(f"config of the checkpoint cannot be used: {of_config(error)}") from error
 
     def then(self, done: str, **changes: Any) -> CheckpointInfo:
         """This information after one more step of its history."""
@@ -234,7 +234,7 @@ def _info(file: Path, told: Any, foreign: Mapping[str, Any]) -> CheckpointInfo:
     try:
         config = AutoConfig.for_model(**{"model_type": DEFAULT.name, **foreign})
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ShearingError(f"{file}: the shape on the command line makes no config: {error}") from error
+        raise ShearingError(f"{file}: the shape on the command line makes no config: {of_config(error)}") from error
     return CheckpointInfo(plain_config(config), history=[f"read {file.name}, which does not tell how it was made"])
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from llmshearing.checkpoints.generation import constructible
+from llmshearing.compat import of_config
 from llmshearing.errors import ShearingError
 from llmshearing.families.nonuniform.table import TYPE
 from llmshearing.families.portable import portable
@@ -142,9 +142,8 @@ def _loaded(name: str, values: Mapping[str, Any] | None) -> PretrainedConfig:
     return config
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What an error says; with its kind, where that alone tells something."""
-    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # it alone says which field, and what of it
+    error = of_config(error)
     kind = type(error).__name__
     return str(error) if isinstance(error, (OSError, ValueError, ImportError)) else f"{kind}: {error}"

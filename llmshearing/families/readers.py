@@ -26,7 +26,7 @@ from llmshearing.families.gguf import problems_of
 from llmshearing.families.heads import head_modes
 from llmshearing.families.megatron.layouts import LAYOUTS
 from llmshearing.families.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, VOCAB
-from llmshearing.families.nonuniform.table import SIZES, TYPE
+from llmshearing.families.nonuniform.table import TYPE, without_sizes
 from llmshearing.families.table import Table
 
 TENSOR_PARALLEL = (2, 4, 8)
@@ -169,20 +169,15 @@ def with_shape(config: Any, table: Table, shape: Mapping[str, int | list[int]]) 
     values = config if isinstance(config, Mapping) else config.to_dict()
     kind = str(values["model_type"]).removeprefix(TYPE)
     apart = {table.keys[HEAD_DIM]: table.head_dim} if HEAD_DIM in table.keys else {}
-    plain = {**{key: value for key, value in values.items() if key != SIZES}, **apart, "model_type": kind}
+    plain = {**without_sizes(values), **apart, "model_type": kind}
     layers = max(len(size) if isinstance(size, list) else 1 for size in shape.values())
     each = [{key: _of(size, layer) for key, size in shape.items()} for layer in range(layers)]
-    changed, *own = (SimpleNamespace(**_mirrored({**plain, **sizes}, table)) for sizes in (_widest(shape), *each))
+    changed, *own = (SimpleNamespace(**table.with_mirrors({**plain, **sizes})) for sizes in (_widest(shape), *each))
     make = family_of(kind).table
     whole = make(changed, "group")
     if layers == 1:
         return changed, whole
     return changed, replace(whole, family=TYPE + kind, of_layer=tuple(make(layer, "group") for layer in own))
-
-
-def _mirrored(values: dict[str, Any], table: Table) -> dict[str, Any]:
-    """With the keys that repeat another one following it."""
-    return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items() if key in values}}
 
 
 def _of(size: int | list[int], layer: int) -> int:

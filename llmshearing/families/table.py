@@ -248,6 +248,10 @@ class Table:
     """For layers of different sizes: for each layer the table of a model whose layers are all like it. ``kinds`` and
     ``axes`` then hold the largest sizes."""
 
+    def with_mirrors(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A config's values with the keys that repeat another one following it."""
+        return {**values, **{mirror: values[key] for mirror, key in self.mirrors.items() if key in values}}
+
     @property
     def layers_key(self) -> str:
         """The config's key for the number of layers."""

@@ -410,7 +410,7 @@ def config_of_shape(config: Mapping[str, Any], table: Table, shape: Mapping[str,
     """A config of another shape (in its own keys), with as many layers as that says, whichever they are."""
     kept = list(range(shape[table.layers_key]))
     values = {**config, **family_of(table.family).kept_config(config, kept), **_head_dim(table), **shape}
-    return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}
+    return table.with_mirrors(values)
 
 
 def _head_dim(table: Table) -> dict[str, int]:
@@ -437,4 +437,4 @@ def folded_config(config: Mapping[str, Any], table: Table, selection: Selection)
     config = portable(config)
     values = {**config, **family_of(table.family).kept_config(config, kept), **_head_dim(table)}
     values = config_with_sizes(values, sizes)
-    return {**values, **{mirror: values[key] for mirror, key in table.mirrors.items()}}
+    return table.with_mirrors(values)

@@ -21,7 +21,8 @@ from llmshearing.errors import ShearingError
 
 from .conftest import SEQ
 
-documents = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=6)
+characters = st.characters(exclude_categories=["Cs"]) | st.sampled_from("\0\t\r\x1f")
+documents = st.lists(st.text(characters, max_size=40), max_size=6)
 # What stands beside the text, as JSON; the first ones cannot be understood by Python's own reader.
 BESIDE = [
     '"id": ' + "7" * 5000, '"deep": ' + "[" * 5000 + "]" * 5000, '"deep": ' + '{"text":[' * 3000 + "]}" * 3000,
@@ -31,13 +32,18 @@ BESIDE = [
 SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0hello"
 
 
+def raw(text: str) -> str:
+    """A text as JSON that escapes no more than it must: control characters stand, but for the end of a line."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
 @st.composite
 def lines_of(draw, texts: list[str], utf8: bool) -> str:
     """JSON lines of the texts, with surrogate escapes where bytes are no UTF-8."""
     lines = []
     for text in texts:
         beside = draw(st.lists(st.sampled_from(BESIDE if utf8 else BESIDE[:-1]), max_size=2))
-        spelled = json.dumps(text, ensure_ascii=draw(st.booleans()))
+        spelled = draw(st.sampled_from([json.dumps(text), json.dumps(text, ensure_ascii=False), raw(text)]))
         members = ", ".join([*beside, f'"text" {draw(st.sampled_from(["", " "]))}: {spelled}'])
         mark = draw(st.sampled_from(["", "\ufeff"]))
         lines += draw(st.lists(st.sampled_from(["", "  ", "\t"]), max_size=1))

@@ -21,8 +21,9 @@ class NoText(Exception):
     """What is wrong with a line."""
 
 
-# The values of whole numbers are of no use here, and those of many digits would take long or stop Python. Control
-# characters inside of strings, which JSON wants escaped, are taken as they are.
+# For texts. The values of whole numbers are of no use here, and those of many digits would take long or stop Python.
+# Control characters inside of strings, which JSON wants escaped (`strict` is json's word for that), are taken as they
+# are (docs/inputs.md).
 _DECODER = json.JSONDecoder(parse_int=len, strict=False)
 _NESTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
 

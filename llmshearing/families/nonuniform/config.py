@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmshearing.compat import of_config
 from llmshearing.errors import ShearingError
 from llmshearing.families import UNIFORM
 from llmshearing.families.nonuniform.table import CLASS, PER_LAYER, SIZES, TYPE, per_layer
@@ -98,8 +99,7 @@ def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     except StrictDataclassError as error:
-        said = error.__cause__ or error
-        raise ShearingError(f"transformers {__version__} refuses a config of this shape: {said}") from error
+        raise ShearingError(f"transformers {__version__} refuses a config of this shape: {of_config(error)}") from error
 
 
 def register() -> None:

@@ -20,6 +20,11 @@ PER_LAYER = "per_layer_config"
 """Key of the config that tells the same in transformers 5's form: number of the layer -> key that differs -> value."""
 
 
+def without_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values without what tells the sizes of each layer, in either form."""
+    return {key: value for key, value in config.items() if key not in (SIZES, PER_LAYER)}
+
+
 def per_layer(sizes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
     """The value of PER_LAYER of what SIZES tells. Numbers have leading zeros, so that they sort."""
     layers = len(next(iter(sizes.values()), ()))
@@ -44,7 +49,7 @@ def config_with_sizes(config: Mapping[str, Any], sizes: Sequence[Mapping[str, in
     Args:
         sizes: of each layer, key of the config -> value; the same keys for all.
     """
-    plain = {key: value for key, value in config.items() if key not in (SIZES, PER_LAYER)}
+    plain = without_sizes(config)
     differ = {key: [size[key] for size in sizes] for key in sizes[0] if len({size[key] for size in sizes}) > 1}
     plain["model_type"] = (TYPE if differ else "") + config["model_type"].removeprefix(TYPE)
     plain["architectures"] = [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from llmshearing.compat import FIVE
 from llmshearing.data.text import frequencies
 from llmshearing.data.text.codec import Codec
 from llmshearing.data.text.corpus import corpus_texts
@@ -206,7 +207,7 @@ def test_slow_and_fast_tokenizers_of_the_lab_agree(tmp_path):
         assert fast.encode(text) == slow.encode(text)
         # transformers 5 loses one of the spaces that a text begins with, of the source's tokenizer too
         before, after = (each.decode(each.encode(text), skip_special_tokens=True) for each in (source, fast))
-        assert after == before and after.lstrip() == text.lstrip()
+        assert after == before and (after.lstrip() == text.lstrip() if FIVE else after == text)
         assert plain.decode(plain.encode([text])[0]) == text
 
 
